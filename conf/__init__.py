@@ -1,0 +1,1 @@
+"""Configuration: typed schema, validation and the Hydra groups (YAML) beside them."""

@@ -1,0 +1,36 @@
+"""Reading and writing resolved configurations as YAML, through the typed schema."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TypeVar, cast
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from conf.errors import UserError
+from conf.schema import TrainConfig
+
+T = TypeVar("T")
+
+
+def to_typed(raw: object, schema: type[T], where: str) -> T:
+    """Merge `raw` (a mapping or an OmegaConf node) over `schema`; unknown keys and wrong types are errors."""
+    try:
+        return cast(T, OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), raw)))  # type: ignore[arg-type]
+    except OmegaConfBaseException as error:
+        first = str(error).splitlines()[0]
+        raise UserError(f"{where}: {first} (key {getattr(error, 'full_key', None) or '?'})") from error
+
+
+def load_train_config(path: Path) -> TrainConfig:
+    """The resolved configuration of a run, from its `config.yaml`."""
+    if not path.is_file():
+        raise UserError(f"{path} does not exist: is this a run folder or a checkpoint made by `moba train`?")
+    return to_typed(OmegaConf.load(path), TrainConfig, str(path))
+
+
+def save_config(config: object, path: Path) -> None:
+    """Write a typed configuration as readable YAML."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(OmegaConf.to_yaml(OmegaConf.structured(config)), encoding="utf-8")

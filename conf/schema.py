@@ -1,0 +1,264 @@
+"""Every setting longmoba knows, typed, with its default and its unit.
+
+This file is the only place where defaults live. Hydra composes the YAML groups beside it over these
+classes, so an unknown key or a value of the wrong type is an error before anything starts. Rules that
+involve more than one field live in `conf.validate`.
+
+Lengths are in tokens and sizes in bytes unless the name says otherwise (`workspace_gib`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Optional
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import MISSING
+
+
+@dataclass
+class ModelConfig:
+    """Shape of a Llama-like decoder (RMSNorm, RoPE, grouped-query attention, SwiGLU)."""
+
+    family: str = "llama"  # llama | mistral | qwen2 | qwen3: the Hugging Face class an export uses
+    vocab_size: int = MISSING
+    hidden_size: int = MISSING
+    intermediate_size: int = MISSING
+    num_layers: int = MISSING
+    num_heads: int = MISSING
+    num_kv_heads: int = MISSING
+    head_dim: int = 0  # 0: hidden_size / num_heads
+    norm_eps: float = 1e-5
+    tie_embeddings: bool = False
+    qkv_bias: bool = False
+    qk_norm: bool = False
+    init_std: float = 0.02
+
+
+@dataclass
+class RopeConfig:
+    """Rotary position embedding of a stage. `kind` names follow transformers' `rope_type`."""
+
+    kind: str = "default"  # default | linear | llama3 | yarn (a theta change alone is `default`)
+    theta: float = 10_000.0
+    factor: float = 1.0
+    original_seq_len: int = 0  # length before scaling: llama3 and yarn
+    low_freq_factor: float = 1.0  # llama3
+    high_freq_factor: float = 4.0  # llama3
+    beta_fast: float = 32.0  # yarn
+    beta_slow: float = 1.0  # yarn
+
+
+@dataclass
+class AttentionConfig:
+    """Which layers use MoBA, with what blocks, when, and through which kernels.
+
+    `topk` counts the query's own block. Fractions are of the stage's tokens.
+    """
+
+    kind: str = "full"  # full | moba
+    backend: str = "auto"  # auto | reference | varlen | triton
+    block_size: int = 512
+    topk: int = 3
+    full_last_layers: int = 0  # the last n layers stay full
+    full_every: int = 0  # every n-th layer stays full; 0: none
+    full_layers: list[int] = field(default_factory=list)  # these layers stay full
+    full_after: float = 1.0  # from this fraction on, every layer is full; 1: never
+    topk_warmup: list[int] = field(default_factory=list)  # topk values stepped through before `topk`
+    topk_warmup_until: float = 0.0  # the steps above share this first fraction evenly
+
+
+@dataclass
+class LrConfig:
+    """Learning rate of a stage, by tokens seen in it."""
+
+    peak: float = 1e-3
+    min_ratio: float = 0.1  # final rate / peak
+    warmup: float = 0.02  # fraction of the stage's tokens
+    schedule: str = "cosine"  # cosine | linear | constant
+
+
+@dataclass
+class StageDataConfig:
+    """What a stage trains on. Domains are keyed by name; each points to a folder made by `moba prepare`."""
+
+    domains: dict[str, float] = field(default_factory=dict)  # name -> weight; names are keys of data.sets
+    packing: str = "concat"  # concat: concatenate and split
+
+
+@dataclass
+class StageConfig:
+    """One stage of a recipe: a length, a budget and a plan, on top of the previous stage's weights."""
+
+    seq_len: int = MISSING
+    tokens: int = MISSING  # budget; a whole number of global batches
+    global_batch: int = MISSING  # sequences per optimizer step, over all ranks and micro-batches
+    micro_batch: int = 1  # sequences per rank per forward
+    carry_optimizer: bool = True  # keep AdamW's moments of the previous stage
+    rope: RopeConfig = field(default_factory=RopeConfig)
+    attention: AttentionConfig = field(default_factory=AttentionConfig)
+    lr: LrConfig = field(default_factory=LrConfig)
+    data: StageDataConfig = field(default_factory=StageDataConfig)
+
+
+@dataclass
+class TokenizerConfig:
+    """Tokenizer: an existing folder or model file, or one trained by `moba prepare`."""
+
+    path: str = ""  # Hugging Face folder or sentencepiece .model; empty: train one
+    train_vocab_size: int = 4096  # when training
+    train_chars: int = 20_000_000  # at most so many characters are read for training
+
+
+@dataclass
+class DataSetConfig:
+    """One prepared set of documents and, if it may be prepared on demand, where its text comes from."""
+
+    path: str = MISSING  # folder with manifest.json and token shards
+    source: str = ""  # stdlib | a folder or file of text; empty: the folder must exist
+    heldout: float = 0.05  # share of documents kept for evaluation, chosen by hash
+
+
+@dataclass
+class DataConfig:
+    sets: dict[str, DataSetConfig] = field(default_factory=dict)
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+
+
+@dataclass
+class OptimConfig:
+    """AdamW. Weight decay applies to matrices only."""
+
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    clip: float = 1.0  # global gradient norm; 0: off
+
+
+@dataclass
+class EngineConfig:
+    zero_stage: int = 1  # 0 | 1 | 2 | 3
+    precision: str = "bf16"  # fp32 | bf16
+
+
+@dataclass
+class MeshConfig:
+    sequence_parallel: int = 1
+
+
+@dataclass
+class LaunchConfig:
+    kind: str = "local"
+    nproc: int = 1  # worker processes, one per GPU
+    threads: int = 0  # CPU threads per worker; 0: cores / nproc
+
+
+@dataclass
+class CheckpointConfig:
+    every: int = 0  # steps between saves; 0: only at the end of each stage
+    keep: int = 2  # newest so many are kept; the last of each stage always is
+
+
+@dataclass
+class WandbConfig:
+    mode: str = "disabled"  # disabled | offline | online
+    project: str = "longmoba"
+    name: str = ""
+
+
+@dataclass
+class MetricsConfig:
+    wandb: WandbConfig = field(default_factory=WandbConfig)
+
+
+@dataclass
+class TrainEvalConfig:
+    """Held-out loss during training."""
+
+    every: int = 0  # steps; 0: only at the start of a run and the end of each stage
+    tokens: int = 65_536  # held-out tokens read each time
+
+
+@dataclass
+class TrainConfig:
+    """Root of `moba train`."""
+
+    out: str = MISSING  # run folder
+    seed: int = 0
+    max_steps: Optional[int] = None  # optimizer steps over the whole chain; null: all
+    dry_run: bool = False
+    model: ModelConfig = field(default_factory=ModelConfig)
+    stages: dict[str, StageConfig] = field(default_factory=dict)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    launch: LaunchConfig = field(default_factory=LaunchConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    metrics: MetricsConfig = field(default_factory=MetricsConfig)
+    eval: TrainEvalConfig = field(default_factory=TrainEvalConfig)
+
+
+@dataclass
+class PrepareConfig:
+    """Root of `moba prepare`: one set of documents, tokenised."""
+
+    out: str = MISSING
+    source: str = MISSING  # stdlib | a folder or file of text
+    heldout: float = 0.05
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+
+
+@dataclass
+class ExportConfig:
+    """Root of `moba export`: a checkpoint as a Hugging Face folder."""
+
+    checkpoint: str = MISSING  # a run folder or one of its checkpoints
+    out: str = MISSING
+    dtype: str = "float32"  # float32 | bfloat16
+
+
+@dataclass
+class LossSuiteConfig:
+    seq_len: int = 0  # 0: the length of the checkpoint's last stage
+    tokens: int = 262_144  # held-out tokens read
+    bucket: int = 0  # tokens per position bucket; 0: seq_len / 16
+    trailing: int = 0  # last so many tokens of full-length documents; 0: seq_len / 16
+
+
+@dataclass
+class RulerConfig:
+    tasks: list[str] = field(default_factory=lambda: ["niah_single_1", "vt", "fwe"])
+    lengths: list[int] = field(default_factory=lambda: [4096])
+    samples: int = 500
+    seed: int = 42
+
+
+@dataclass
+class EvalConfig:
+    """Root of `moba eval`."""
+
+    checkpoint: str = MISSING  # run folder, checkpoint or Hugging Face folder
+    out: str = MISSING
+    suite: str = "all"  # all | loss | ruler | gate
+    data: str = ""  # prepared set; empty: the one the run was trained on
+    device: str = "auto"  # auto | cpu | cuda
+    attention: AttentionConfig = field(default_factory=lambda: AttentionConfig(kind="moba"))
+    loss: LossSuiteConfig = field(default_factory=LossSuiteConfig)
+    ruler: RulerConfig = field(default_factory=RulerConfig)
+
+
+ROOTS: dict[str, type[Any]] = {
+    "train": TrainConfig,
+    "prepare": PrepareConfig,
+    "export": ExportConfig,
+    "eval": EvalConfig,
+}
+
+
+def register() -> None:
+    """Put the root schemas into Hydra's ConfigStore under `<command>_schema` (idempotent)."""
+    store = ConfigStore.instance()
+    for name, cls in ROOTS.items():
+        store.store(name=f"{name}_schema", node=cls)

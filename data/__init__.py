@@ -1,0 +1,1 @@
+"""Data: text to token shards, and shards to exactly resumable packed batches."""

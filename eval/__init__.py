@@ -1,0 +1,1 @@
+"""Evaluation: loss by position, RULER, generation, reports."""

@@ -1,0 +1,1 @@
+"""Command line and process launching: everything that runs before a worker does."""

@@ -1,0 +1,1 @@
+"""Training: the worker that builds a stage, fits it and checkpoints it."""
