@@ -1,0 +1,1 @@
+"""RULER: synthetic long-context tasks, generated, run and scored exactly as published."""
