@@ -39,7 +39,7 @@ class ModelConfig:
 class RopeConfig:
     """Rotary position embedding of a stage. `kind` names follow transformers' `rope_type`."""
 
-    kind: str = "default"  # default | linear | llama3 | yarn (a theta change alone is `default`)
+    kind: str = "default"  # default | linear | ntk | llama3 | yarn (a theta change alone is `default`)
     theta: float = 10_000.0
     factor: float = 1.0
     original_seq_len: int = 0  # length before scaling: llama3 and yarn
@@ -47,6 +47,7 @@ class RopeConfig:
     high_freq_factor: float = 4.0  # llama3
     beta_fast: float = 32.0  # yarn
     beta_slow: float = 1.0  # yarn
+    attention_factor: float = 0.0  # yarn: factor on cos and sin; 0: 0.1 ln(factor) + 1
 
 
 @dataclass
