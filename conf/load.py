@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TypeVar, cast
 
@@ -17,7 +18,7 @@ T = TypeVar("T")
 def to_typed(raw: object, schema: type[T], where: str) -> T:
     """Merge `raw` (a mapping or an OmegaConf node) over `schema`; unknown keys and wrong types are errors."""
     try:
-        return cast(T, OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), raw)))  # type: ignore[arg-type]
+        return cast(T, OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), raw)))
     except OmegaConfBaseException as error:
         first = str(error).splitlines()[0]
         raise UserError(f"{where}: {first} (key {getattr(error, 'full_key', None) or '?'})") from error
@@ -31,6 +32,8 @@ def load_train_config(path: Path) -> TrainConfig:
 
 
 def save_config(config: object, path: Path) -> None:
-    """Write a typed configuration as readable YAML."""
+    """Write a typed configuration as readable YAML: whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(OmegaConf.to_yaml(OmegaConf.structured(config)), encoding="utf-8")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(OmegaConf.to_yaml(OmegaConf.structured(config)), encoding="utf-8")
+    temporary.replace(path)

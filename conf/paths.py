@@ -21,6 +21,10 @@ class RunPaths:
         return self.root / "metrics.jsonl"
 
     @property
+    def logs(self) -> Path:
+        return self.root / "logs"  # what workers other than the first print
+
+    @property
     def checkpoints(self) -> Path:
         return self.root / "checkpoints"
 

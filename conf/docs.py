@@ -1,0 +1,98 @@
+"""What the schema says about its fields: types, defaults and the comments beside them, read from its source.
+
+Help texts and messages come from here, so they cannot drift from `conf/schema.py`.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import io
+import tokenize
+import typing
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from omegaconf import MISSING
+
+from conf import schema
+
+ANY_NAME = "NAME"  # stands for the free keys of a dict of dataclasses, as in `stages.NAME.tokens`
+
+
+@dataclasses.dataclass(frozen=True)
+class FieldDoc:
+    """One leaf key of a root: dotted path, type as text, default as text and the comment beside it."""
+
+    key: str
+    type: str
+    default: str
+    comment: str
+
+
+def walk(cls: type[Any], prefix: str = "") -> Iterator[FieldDoc]:
+    """Every leaf key below dataclass `cls`, in the order of the schema."""
+    hints = typing.get_type_hints(cls)
+    for field in dataclasses.fields(cls):
+        hint, key = hints[field.name], f"{prefix}{field.name}"
+        value_type = typing.get_args(hint)[1] if typing.get_origin(hint) is dict else None
+        if dataclasses.is_dataclass(hint):
+            yield from walk(typing.cast("type[Any]", hint), f"{key}.")
+        elif value_type is not None and dataclasses.is_dataclass(value_type):
+            yield from walk(typing.cast("type[Any]", value_type), f"{key}.{ANY_NAME}.")
+        else:
+            comment = field_comments().get((cls.__name__, field.name), "")
+            yield FieldDoc(key, _type_text(hint), _default_text(field), comment)
+
+
+def comment_of(cls: type[Any], key: str) -> str:
+    """The comment beside `key` of root `cls`; the name of a stage or data set in it matches any name."""
+    wanted = key.split(".")
+    for doc in walk(cls):
+        parts = doc.key.split(".")
+        if len(parts) == len(wanted) and all(p in (w, ANY_NAME) for p, w in zip(parts, wanted, strict=True)):
+            return doc.comment
+    return ""
+
+
+@cache
+def field_comments() -> dict[tuple[str, str], str]:
+    """(class, field) -> the comment at the end of the field's line in `conf/schema.py`."""
+    source = Path(schema.__file__).read_text(encoding="utf-8")
+    comments = {
+        token.start[0]: token.string.lstrip("# ")
+        for token in tokenize.generate_tokens(io.StringIO(source).readline)
+        if token.type == tokenize.COMMENT
+    }
+    found: dict[tuple[str, str], str] = {}
+    for node in ast.parse(source).body:
+        for item in node.body if isinstance(node, ast.ClassDef) else []:
+            if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name):
+                found[node.name, item.target.id] = comments.get(item.end_lineno or item.lineno, "")  # type: ignore[attr-defined]
+    return found
+
+
+def _type_text(hint: Any) -> str:
+    return getattr(hint, "__name__", str(hint)) if not typing.get_args(hint) else _generic_text(hint)
+
+
+def _generic_text(hint: Any) -> str:
+    args = [arg for arg in typing.get_args(hint) if arg is not type(None)]
+    inner = ", ".join(_type_text(arg) for arg in args)
+    return (
+        f"{inner} | null"
+        if typing.get_origin(hint) is typing.Union
+        else f"{typing.get_origin(hint).__name__}[{inner}]"
+    )
+
+
+def _default_text(field: dataclasses.Field[Any]) -> str:
+    if field.default_factory is not dataclasses.MISSING:
+        return str(field.default_factory())
+    if field.default == MISSING:
+        return "required"
+    if field.default is None:
+        return "null"
+    return str(field.default).lower() if isinstance(field.default, bool) else str(field.default)
