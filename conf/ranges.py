@@ -1,0 +1,117 @@
+"""What one field may hold: the choices of enum-like strings and the ranges of numbers."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator
+from typing import Any
+
+from conf import schema as s
+from conf.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Range:
+    """Numbers from `low` to `high`; an open end leaves out the bound itself."""
+
+    low: float
+    high: float = float("inf")
+    open_low: bool = False
+    open_high: bool = False
+
+    def holds(self, value: float) -> bool:
+        above = value > self.low if self.open_low else value >= self.low
+        return math.isfinite(value) and above and (value < self.high if self.open_high else value <= self.high)
+
+    def __str__(self) -> str:
+        low = f"above {self.low:g}" if self.open_low else f"at least {self.low:g}"
+        if self.high == float("inf"):
+            return low
+        return f"{low} and {'below' if self.open_high else 'at most'} {self.high:g}"
+
+
+CHOICES: dict[tuple[type, str], tuple[str, ...]] = {
+    (s.ModelConfig, "family"): ("llama", "mistral", "qwen2", "qwen3"),
+    (s.RopeConfig, "kind"): ("default", "linear", "ntk", "llama3", "yarn"),
+    (s.AttentionConfig, "kind"): ("full", "moba"),
+    (s.AttentionConfig, "backend"): ("auto", "reference", "varlen", "triton"),
+    (s.LrConfig, "schedule"): ("cosine", "linear", "constant"),
+    (s.StageDataConfig, "packing"): ("concat",),
+    (s.EngineConfig, "precision"): ("fp32", "bf16"),
+    (s.LaunchConfig, "kind"): ("local",),
+    (s.WandbConfig, "mode"): ("disabled", "offline", "online"),
+    (s.ExportConfig, "dtype"): ("float32", "bfloat16"),
+    (s.EvalConfig, "suite"): ("all", "loss", "ruler", "gate"),
+    (s.EvalConfig, "device"): ("auto", "cpu", "cuda"),
+}
+
+_COUNT = Range(1)
+_ZERO_OR_MORE = Range(0)
+_POSITIVE = Range(0, open_low=True)
+_FRACTION = Range(0, 1)
+_BELOW_ONE = Range(0, 1, open_high=True)
+_SHARE = Range(0, 1, open_low=True, open_high=True)
+
+RANGES: dict[type, dict[str, Range]] = {
+    s.ModelConfig: {
+        **dict.fromkeys(("vocab_size", "hidden_size", "intermediate_size", "num_layers"), _COUNT),
+        **dict.fromkeys(("num_heads", "num_kv_heads"), _COUNT),
+        **dict.fromkeys(("norm_eps", "init_std"), _POSITIVE),
+        "head_dim": _ZERO_OR_MORE,
+    },
+    s.RopeConfig: {
+        "theta": Range(1, open_low=True),
+        **dict.fromkeys(("low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow"), _POSITIVE),
+        **dict.fromkeys(("original_seq_len", "attention_factor"), _ZERO_OR_MORE),
+        "factor": _COUNT,
+    },
+    s.AttentionConfig: {
+        **dict.fromkeys(("block_size", "topk"), _COUNT),
+        **dict.fromkeys(("full_last_layers", "full_every"), _ZERO_OR_MORE),
+        **dict.fromkeys(("full_after", "topk_warmup_until"), _FRACTION),
+    },
+    s.LrConfig: {"peak": _POSITIVE, "min_ratio": _FRACTION, "warmup": _BELOW_ONE},
+    s.StageConfig: dict.fromkeys(("seq_len", "tokens", "global_batch", "micro_batch"), _COUNT),
+    s.TokenizerConfig: {"train_vocab_size": Range(300), "train_chars": _COUNT},  # 256 bytes come first
+    s.DataSetConfig: {"heldout": _SHARE},
+    s.OptimConfig: {
+        **dict.fromkeys(("beta1", "beta2"), _BELOW_ONE),
+        **dict.fromkeys(("weight_decay", "clip"), _ZERO_OR_MORE),
+        "eps": _POSITIVE,
+    },
+    s.EngineConfig: {"zero_stage": Range(0, 3)},
+    s.MeshConfig: {"sequence_parallel": _COUNT},
+    s.LaunchConfig: {"nproc": _COUNT, "threads": _ZERO_OR_MORE},
+    s.CheckpointConfig: {"every": _ZERO_OR_MORE, "keep": _COUNT},
+    s.TrainEvalConfig: {"every": _ZERO_OR_MORE, "tokens": _COUNT},
+    s.TrainConfig: {"seed": _ZERO_OR_MORE, "max_steps": _COUNT},
+    s.PrepareConfig: {"heldout": _SHARE},
+    s.LossSuiteConfig: {**dict.fromkeys(("seq_len", "bucket", "trailing"), _ZERO_OR_MORE), "tokens": _COUNT},
+    s.RulerConfig: {"samples": _COUNT, "seed": _ZERO_OR_MORE},
+}
+
+
+def check_fields(config: Any) -> None:
+    """Raise UserError for the first field of `config`, any schema dataclass, out of bounds."""
+    for owner, name, key, value in _fields(config):
+        choices = CHOICES.get((owner, name))
+        if choices is not None and value not in choices:
+            raise UserError(f"{key}={value}: choose one of {', '.join(choices)}")
+        allowed = RANGES.get(owner, {}).get(name)
+        if allowed is not None and value is not None and not allowed.holds(value):
+            raise UserError(f"{key}={value}: must be {allowed}")
+
+
+def _fields(config: Any, prefix: str = "") -> Iterator[tuple[type, str, str, Any]]:
+    """(class, field, dotted key, value) of every leaf below `config`."""
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        key = f"{prefix}{field.name}"
+        if dataclasses.is_dataclass(value):
+            yield from _fields(value, f"{key}.")
+        elif isinstance(value, dict) and all(dataclasses.is_dataclass(item) for item in value.values()):
+            for name, item in value.items():
+                yield from _fields(item, f"{key}.{name}.")
+        else:
+            yield type(config), field.name, key, value
