@@ -1,0 +1,100 @@
+"""Self-attention of one block: QKV -> qk-norm -> RoPE -> (cache) -> backend -> output projection.
+
+The layer's plan, given with every call, says whether the backend is full attention or MoBA; the weights
+are the same. There are three entrances: packed rows (training and evaluation), prefill, decode.
+
+Shape legend: R rows, S seq_len, T tokens (R * S in packed rows), C hidden_size, H heads, D head_dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+from conf.schema import ModelConfig
+from model.cache import KVCache
+from model.decode import decode_attention
+from model.full import full_attention
+from model.layers import RMSNorm
+from model.moba import attend_blocks, choose_blocks, moba_attention
+from model.rope import apply_rope
+from model.schedule import LayerPlan
+from model.shapes import head_dim
+
+# Called as probe(layer, q_THD, k_THD, block_ids) by every MoBA layer; block_ids as in model.moba.choose_blocks.
+Probe = Callable[[int, Tensor, Tensor, Tensor], None]
+
+
+class Packed(NamedTuple):
+    """What all layers share about the tokens: RoPE tables fp32 [T, D / 2] and document borders."""
+
+    cos: Tensor
+    sin: Tensor
+    cu_seqlens: Tensor
+    max_seqlen: int
+
+
+class Attention(nn.Module):
+    """Grouped-query attention, with optional bias on q, k, v (Qwen2) and norm of q and k (Qwen3)."""
+
+    def __init__(self, config: ModelConfig, layer: int, backend: str) -> None:
+        super().__init__()
+        self.layer, self.backend = layer, backend
+        self.head_dim = head_dim(config)
+        q_out, kv_out = config.num_heads * self.head_dim, config.num_kv_heads * self.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, q_out, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(config.hidden_size, kv_out, bias=config.qkv_bias)
+        self.v_proj = nn.Linear(config.hidden_size, kv_out, bias=config.qkv_bias)
+        self.o_proj = nn.Linear(q_out, config.hidden_size, bias=False)
+        self.q_norm = RMSNorm(self.head_dim, config.norm_eps) if config.qk_norm else None
+        self.k_norm = RMSNorm(self.head_dim, config.norm_eps) if config.qk_norm else None
+
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        packed: Packed,
+        layer_plan: LayerPlan,
+        cache: KVCache | None = None,
+        probe: Probe | None = None,
+    ) -> Tensor:
+        """x [..., C] whose leading dimensions flatten to T tokens; returns the same shape.
+
+        With a cache, what its phase says is done: prefill stores keys and values and attends as without a
+        cache; decode takes one token per row and attends to what is stored.
+        """
+        q, k, v = self._qkv(x, packed)
+        if cache is not None and cache.phase == "decode":
+            cache.append(self.layer, k, v)
+            out = decode_attention(q, cache, self.layer, layer_plan)
+        else:
+            if cache is not None:
+                cache.store_prompt(self.layer, k, v)
+            out = self._attend(q, k, v, packed, layer_plan, probe)
+        return self.o_proj(out.reshape(*x.shape[:-1], -1))
+
+    def _qkv(self, x: Tensor, packed: Packed) -> tuple[Tensor, Tensor, Tensor]:
+        """q [T, H, D] and k, v [T, Hkv, D]; q and k normalised and rotated."""
+        heads = (packed.cos.shape[0], -1, self.head_dim)
+        q, k, v = self.q_proj(x).view(heads), self.k_proj(x).view(heads), self.v_proj(x).view(heads)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        return apply_rope(q, packed.cos, packed.sin), apply_rope(k, packed.cos, packed.sin), v
+
+    def _attend(
+        self, q: Tensor, k: Tensor, v: Tensor, packed: Packed, layer_plan: LayerPlan, probe: Probe | None
+    ) -> Tensor:
+        if layer_plan.kind == "full":
+            return full_attention(q, k, v, cu_seqlens=packed.cu_seqlens, max_seqlen=packed.max_seqlen)
+        block_size, topk, cu_seqlens = layer_plan.block_size, layer_plan.topk, packed.cu_seqlens
+        if probe is None:
+            return moba_attention(
+                q, k, v, block_size=block_size, topk=topk, cu_seqlens=cu_seqlens, backend=self.backend
+            )
+        block_ids = choose_blocks(q, k, block_size=block_size, topk=topk, cu_seqlens=cu_seqlens)
+        probe(self.layer, q, k, block_ids)
+        return attend_blocks(
+            q, k, v, block_ids, block_size=block_size, cu_seqlens=cu_seqlens, backend=self.backend
+        )

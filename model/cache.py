@@ -1,0 +1,128 @@
+"""Keys and values of a batch of prompts and their continuations, with the block means that MoBA needs.
+
+The phase is explicit: a cache is filled once by `prefill`, then extended one token per row by `decode`.
+Rows may have different lengths; lengths are known on the host, so nothing waits for the device.
+
+Shape legend: R rows, L capacity in tokens, Hkv kv heads, D head_dim, N blocks, T prompt tokens of all rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from conf.schema import ModelConfig
+from model.shapes import head_dim
+
+
+class KVCache:
+    """Keys (after RoPE) and values of every layer, [R, L, Hkv, D] each.
+
+    Args:
+        config: shape of the model.
+        prompt_lengths: tokens of each row's prompt, at least 1 each.
+        max_new_tokens: decode steps there is room for.
+        dtype, device: of keys and values.
+
+    Attributes:
+        phase: "prefill" until the prompts are stored, then "decode".
+        lengths: tokens stored per row.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        prompt_lengths: Sequence[int],
+        max_new_tokens: int,
+        *,
+        dtype: torch.dtype,
+        device: torch.device | str,
+    ) -> None:
+        if not prompt_lengths or min(prompt_lengths) < 1:
+            raise ValueError(f"every row needs a prompt of at least one token, got lengths {list(prompt_lengths)}")
+        self.phase: Literal["prefill", "decode"] = "prefill"
+        self.lengths = [int(length) for length in prompt_lengths]
+        self.capacity = max(self.lengths) + max_new_tokens
+        shape = (len(self.lengths), self.capacity, config.num_kv_heads, head_dim(config))
+        self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_layers)]
+        self.values = [torch.zeros_like(keys) for keys in self.keys]
+        self._means: list[_BlockMeans | None] = [None] * config.num_layers
+        self._lengths_R = torch.tensor(self.lengths, device=device)
+        self._rows_R = torch.arange(len(self.lengths), device=device)
+
+    @property
+    def lengths_R(self) -> Tensor:
+        """`lengths` on the device, int64 [R]; in decode, the position of the token being decoded."""
+        return self._lengths_R
+
+    def cu_seqlens(self) -> Tensor:
+        """int32 [R + 1]: the prompts laid end to end, as prefill runs them."""
+        ends = torch.cumsum(self._lengths_R, 0).to(torch.int32)
+        return torch.cat([ends.new_zeros(1), ends])
+
+    def store_prompt(self, layer: int, k_THD: Tensor, v_THD: Tensor) -> None:
+        """Prompts laid end to end, [T, Hkv, D]."""
+        self.require("prefill")
+        start = 0
+        for row, length in enumerate(self.lengths):
+            self.keys[layer][row, :length] = k_THD[start : start + length]
+            self.values[layer][row, :length] = v_THD[start : start + length]
+            start += length
+
+    def end_prefill(self) -> None:
+        """Every layer has stored its prompts: from here on the cache decodes."""
+        self.require("prefill")
+        self.phase = "decode"
+
+    def append(self, layer: int, k_RHD: Tensor, v_RHD: Tensor) -> None:
+        """One more token per row, [R, Hkv, D], behind what the row holds."""
+        self.require("decode")
+        if max(self.lengths) >= self.capacity:
+            raise ValueError(f"the cache holds {self.capacity} tokens per row: allocate a larger max_new_tokens")
+        self.keys[layer][self._rows_R, self._lengths_R] = k_RHD
+        self.values[layer][self._rows_R, self._lengths_R] = v_RHD
+
+    def end_step(self) -> None:
+        """Every layer has appended its token."""
+        self.require("decode")
+        self.lengths = [length + 1 for length in self.lengths]
+        self._lengths_R = self._lengths_R + 1
+
+    def block_means(self, layer: int, block_size: int) -> Tensor:
+        """fp32 [R, N, Hkv, D]: means of the keys of the blocks that were complete before this step.
+
+        N is the largest count of complete blocks over the rows; rows with fewer hold zeros behind theirs.
+        Blocks are averaged once, when first asked for after they fill up.
+        """
+        means = self._means[layer]
+        if means is None or means.block_size != block_size:
+            means = _BlockMeans(self.keys[layer], block_size)
+            self._means[layer] = means
+        return means.up_to(self.keys[layer], [length // block_size for length in self.lengths])
+
+    def require(self, phase: str) -> None:
+        """Refuse a call that belongs to the other phase."""
+        if self.phase != phase:
+            raise ValueError(f"the cache is in its {self.phase} phase, this call belongs to {phase}")
+
+
+class _BlockMeans:
+    def __init__(self, keys_RLHD: Tensor, block_size: int) -> None:
+        rows, capacity, *heads = keys_RLHD.shape
+        self.block_size = block_size
+        self.done = [0] * rows
+        self.means = torch.zeros(
+            rows, capacity // block_size, *heads, dtype=torch.float32, device=keys_RLHD.device
+        )
+
+    def up_to(self, keys_RLHD: Tensor, complete: list[int]) -> Tensor:
+        for row, (done, now) in enumerate(zip(self.done, complete, strict=True)):
+            if now > done:
+                keys = keys_RLHD[row, done * self.block_size : now * self.block_size]
+                blocks = keys.unflatten(0, (now - done, self.block_size))
+                self.means[row, done:now] = blocks.mean(dim=1, dtype=torch.float32)
+        self.done = list(complete)
+        return self.means[:, : max(complete)]

@@ -1,0 +1,70 @@
+"""Attention of one new token per row over a KV cache, full or MoBA.
+
+Full attention reads the whole cache; MoBA reads the token's own block and the `topk - 1` past blocks with the
+highest q . mean(k), per query head (MoBA paper, arXiv 2502.13189, section 2.2).
+
+Shape legend: R rows, H heads, G query heads per kv head, D head_dim, L cached tokens, N past blocks, K gathered
+tokens.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from model.cache import KVCache
+from model.schedule import LayerPlan
+
+
+def decode_attention(q_RHD: Tensor, cache: KVCache, layer: int, layer_plan: LayerPlan) -> Tensor:
+    """q [R, H, D] of the tokens just appended to `cache`; returns [R, H, D]."""
+    q_RhGD = q_RHD.unflatten(1, (cache.keys[layer].shape[2], -1))
+    if layer_plan.kind == "moba":
+        past = max(length // layer_plan.block_size for length in cache.lengths)
+        if past > layer_plan.topk - 1:  # otherwise every block is chosen: full attention, exactly
+            return _moba(q_RhGD, cache, layer, layer_plan).flatten(1, 2)
+    return _full(q_RhGD, cache, layer).flatten(1, 2)
+
+
+def _full(q_RhGD: Tensor, cache: KVCache, layer: int) -> Tensor:
+    """The G heads of a group stand in for query positions, so keys and values are not expanded."""
+    longest = max(cache.lengths) + 1
+    k = cache.keys[layer][:, :longest].transpose(1, 2)
+    v = cache.values[layer][:, :longest].transpose(1, 2)
+    mask = torch.arange(longest, device=q_RhGD.device) <= cache.lengths_R[:, None]
+    return F.scaled_dot_product_attention(q_RhGD, k, v, attn_mask=mask[:, None, None])
+
+
+def _moba(q_RhGD: Tensor, cache: KVCache, layer: int, layer_plan: LayerPlan) -> Tensor:
+    blocks, chosen = _choose(q_RhGD, cache, layer, layer_plan)  # [R, h, G, topk] each
+    keys, values = cache.keys[layer], cache.values[layer]
+    offsets = torch.arange(layer_plan.block_size, device=q_RhGD.device)
+    rows = torch.arange(keys.shape[0], device=q_RhGD.device)[:, None, None]
+    heads = torch.arange(keys.shape[2], device=q_RhGD.device)[None, :, None]
+    out = torch.empty_like(q_RhGD)
+    for group in range(q_RhGD.shape[2]):  # one query head per kv head at a time bounds the gathered copies
+        tokens = (blocks[:, :, group, :, None] * layer_plan.block_size + offsets).flatten(2)
+        seen = chosen[:, :, group].repeat_interleave(layer_plan.block_size, dim=-1)
+        seen = seen & (tokens <= cache.lengths_R[:, None, None])
+        tokens = tokens.clamp(max=cache.capacity - 1)
+        k_RhKD, v_RhKD = keys[rows, tokens, heads], values[rows, tokens, heads]
+        out[:, :, group] = F.scaled_dot_product_attention(
+            q_RhGD[:, :, group, None], k_RhKD, v_RhKD, attn_mask=seen[:, :, None]
+        )[:, :, 0]
+    return out
+
+
+def _choose(q_RhGD: Tensor, cache: KVCache, layer: int, layer_plan: LayerPlan) -> tuple[Tensor, Tensor]:
+    """Block numbers within the row, own block first, and which of them count; [R, h, G, topk] each."""
+    means = cache.block_means(layer, layer_plan.block_size)
+    own_R = cache.lengths_R // layer_plan.block_size
+    scores = torch.einsum("rhgd,rnhd->rhgn", q_RhGD.float(), means)
+    is_past = torch.arange(means.shape[1], device=means.device) < own_R[:, None]
+    scores = scores.masked_fill(~is_past[:, None, None], float("-inf"))
+    # Stable: of equal scores the lowest block wins, as in model.moba.
+    order = scores.sort(dim=-1, descending=True, stable=True)
+    past = order.indices[..., : layer_plan.topk - 1]
+    real = order.values[..., : layer_plan.topk - 1] > float("-inf")
+    own = own_R[:, None, None, None].expand(*past.shape[:3], 1)
+    return torch.cat([own, past], -1), torch.cat([torch.ones_like(own, dtype=torch.bool), real], -1)

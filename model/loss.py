@@ -1,0 +1,128 @@
+"""Output head and loss. Full logits are never materialised in training.
+
+The head and the loss are one module that owns the head's weight: under ZeRO-3 its hooks gather the weight
+for its forward and again for its backward, which recomputes the logits tile by tile.
+
+Shape legend: R rows, S seq_len, T = R * S tokens, C hidden_size, V vocab_size.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from conf.constants import IGNORE_INDEX
+
+# Bytes of one tile of fp32 logits. Two or three tiles are alive at the peak, whatever T and V are.
+TILE_BYTES = 256 * 2**20
+
+
+class LossSums(NamedTuple):
+    """Sums over one micro-batch; the caller divides by global counts. Scalars on the model's device.
+
+    Attributes:
+        loss_sum: fp32, cross-entropy in nats over all tokens with a label. The only one with a gradient.
+        num_valid: int64, those tokens.
+        trailing_sum: fp32, the part from the last tokens of full-length documents; 0 if none was asked for.
+        trailing_valid: int64, its tokens.
+    """
+
+    loss_sum: Tensor
+    num_valid: Tensor
+    trailing_sum: Tensor
+    trailing_valid: Tensor
+
+
+class LMHead(nn.Module):
+    """Vocabulary projection without bias. With labels it returns losses and keeps no logits."""
+
+    def __init__(self, hidden_size: int, vocab_size: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(vocab_size, hidden_size))
+
+    def forward(self, hidden: Tensor, labels: Tensor | None = None) -> Tensor:
+        """Logits [..., V] of hidden [..., C]; or, given labels [...], losses fp32 [...], 0 where ignored."""
+        if labels is None:
+            return F.linear(hidden, self.weight)
+        return tiled_cross_entropy(hidden, self.weight, labels)
+
+
+def tiled_cross_entropy(hidden: Tensor, weight_VC: Tensor, labels: Tensor, tile_bytes: int = TILE_BYTES) -> Tensor:
+    """Cross-entropy per token, softmax in fp32, logits recomputed in backward.
+
+    Gradients are right under any later scaling of the result, token by token.
+
+    Args:
+        hidden: [..., C] in the dtype of the weight.
+        weight_VC: output head.
+        labels: int64 [...], IGNORE_INDEX where no loss is taken.
+        tile_bytes: budget of one fp32 tile of logits; at least one token is taken.
+
+    Returns:
+        fp32 [...], 0 where ignored.
+    """
+    tile = max(1, tile_bytes // (4 * weight_VC.shape[0]))
+    losses_T = _TiledCrossEntropy.apply(hidden.reshape(-1, hidden.shape[-1]), weight_VC, labels.reshape(-1), tile)
+    return losses_T.view(labels.shape)
+
+
+class _TiledCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden_TC: Tensor, weight_VC: Tensor, labels_T: Tensor, tile: int) -> Tensor:
+        lse_T = torch.empty(labels_T.shape, dtype=torch.float32, device=hidden_TC.device)
+        losses_T = torch.empty_like(lse_T)
+        for start in range(0, labels_T.numel(), tile):
+            rows = slice(start, start + tile)
+            logits = F.linear(hidden_TC[rows], weight_VC).float()
+            valid = labels_T[rows] != IGNORE_INDEX
+            target = torch.where(valid, labels_T[rows], 0)
+            lse_T[rows] = torch.logsumexp(logits, dim=-1)
+            picked = logits.gather(1, target[:, None])[:, 0]
+            losses_T[rows] = torch.where(valid, lse_T[rows] - picked, 0.0)
+        ctx.save_for_backward(hidden_TC, weight_VC, labels_T, lse_T)
+        ctx.tile = tile
+        return losses_T
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_T: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        hidden_TC, weight_VC, labels_T, lse_T = ctx.saved_tensors
+        grad_hidden = torch.empty_like(hidden_TC) if ctx.needs_input_grad[0] else None
+        # fp32 whatever the weight's dtype: hundreds of tiles are summed into it.
+        grad_weight = torch.zeros_like(weight_VC, dtype=torch.float32) if ctx.needs_input_grad[1] else None
+        for start in range(0, labels_T.numel(), ctx.tile):
+            rows = slice(start, start + ctx.tile)
+            hidden, valid = hidden_TC[rows], labels_T[rows] != IGNORE_INDEX
+            target = torch.where(valid, labels_T[rows], 0)[:, None]
+            grad = F.linear(hidden, weight_VC).float().sub_(lse_T[rows, None]).exp_()  # softmax
+            grad.scatter_(1, target, grad.gather(1, target) - 1.0)
+            grad.mul_(torch.where(valid, grad_T[rows], 0.0)[:, None])
+            grad = grad.to(weight_VC.dtype)
+            if grad_hidden is not None:
+                grad_hidden[rows] = grad @ weight_VC
+            if grad_weight is not None:
+                grad_weight += grad.t() @ hidden
+        return grad_hidden, None if grad_weight is None else grad_weight.to(weight_VC.dtype), None, None
+
+
+def sum_losses(losses_RS: Tensor, labels_RS: Tensor, positions_RS: Tensor, trailing: int) -> LossSums:
+    """LossSums of per-token losses.
+
+    Args:
+        losses_RS: fp32, 0 where ignored.
+        labels_RS, positions_RS: of the batch.
+        trailing: the last so many tokens of a row count as trailing, in rows that one document fills; 0: none.
+    """
+    valid = labels_RS != IGNORE_INDEX
+    seq_len = labels_RS.shape[1]
+    full_length = positions_RS[:, -1:] == seq_len - 1
+    tail = full_length & valid & (positions_RS >= seq_len - trailing)
+    return LossSums(
+        loss_sum=losses_RS.sum(),
+        num_valid=valid.sum(),
+        trailing_sum=torch.where(tail, losses_RS.detach(), 0.0).sum(),
+        trailing_valid=tail.sum(),
+    )

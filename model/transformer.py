@@ -1,0 +1,235 @@
+"""The language model: a Llama-shaped decoder whose layers attend as the plan of each call says.
+
+Modules and parameters carry the names of Hugging Face's Llama, so that import and export rename nothing.
+The attention plan is an argument, not state: switching between full attention and MoBA changes no key.
+
+Shape legend: R rows, S seq_len, T tokens, C hidden_size, V vocab_size.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from conf.schema import ModelConfig, RopeConfig
+from model.attention import Attention, Packed, Probe
+from model.cache import KVCache
+from model.layers import MLP, RMSNorm
+from model.loss import LMHead, LossSums, sum_losses
+from model.rope import Rotary
+from model.schedule import LayerPlan
+from model.shapes import check_shapes, head_dim
+
+Plans = Sequence[LayerPlan]
+
+
+class Block(nn.Module):
+    """Pre-norm residual block."""
+
+    def __init__(self, config: ModelConfig, layer: int, backend: str) -> None:
+        super().__init__()
+        self.self_attn = Attention(config, layer, backend)
+        self.mlp = MLP(config.hidden_size, config.intermediate_size)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.norm_eps)
+
+    def forward(self, x: Tensor, **attention: Any) -> Tensor:
+        """x [..., C]; keywords go to `Attention.forward`."""
+        x = x + self.self_attn(self.input_layernorm(x), **attention)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Trunk(nn.Module):
+    """Embedding, blocks, final norm: token ids to hidden states."""
+
+    def __init__(self, config: ModelConfig, rope: RopeConfig, backend: str) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config, layer, backend) for layer in range(config.num_layers))
+        self.norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.rotary = Rotary(rope, head_dim(config))
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        *,
+        positions: Tensor,
+        cu_seqlens: Tensor,
+        max_seqlen: int,
+        plans: Plans,
+        cache: KVCache | None = None,
+        probe: Probe | None = None,
+    ) -> Tensor:
+        """int64 ids of any shape, positions of the same shape -> hidden states [..., C]."""
+        if len(plans) != len(self.layers):
+            raise ValueError(f"{len(plans)} plans for {len(self.layers)} layers")
+        packed = Packed(*self.rotary.tables(positions.reshape(-1)), cu_seqlens, max_seqlen)
+        x = self.embed_tokens(input_ids)
+        for layer, layer_plan in zip(self.layers, plans, strict=True):
+            # By keyword: DeepSpeed's ZeRO-3 hooks warn about positional arguments that are not tensors.
+            x = layer(x, packed=packed, layer_plan=layer_plan, cache=cache, probe=probe)
+        return self.norm(x)
+
+
+class CausalLM(nn.Module):
+    """Decoder with output head and loss.
+
+    Args:
+        config: shape. May be built under `torch.device("meta")`; then `to_empty` and load or `init_weights`.
+        rope: of the current stage; not part of the state.
+        backend: attention backend, as in `model.dispatch`.
+
+    Raises:
+        UserError: an impossible shape or RoPE config.
+    """
+
+    def __init__(self, config: ModelConfig, rope: RopeConfig, backend: str = "auto") -> None:
+        super().__init__()
+        check_shapes(config)
+        self.config = config
+        self.model = Trunk(config, rope, backend)
+        self.lm_head = LMHead(config.hidden_size, config.vocab_size)
+        self._tie()
+
+    def _tie(self) -> None:
+        # One Parameter owned by both modules: named_parameters lists it once, as model.embed_tokens.weight,
+        # and ZeRO-3's hooks of either module gather it.
+        if self.config.tie_embeddings:
+            self.lm_head.weight = cast(nn.Parameter, self.model.embed_tokens.weight)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CausalLM:
+        # to_empty() and moves off the meta device replace Parameters one by one, which would untie them.
+        super()._apply(fn, recurse)
+        self._tie()
+        return self
+
+    @torch.no_grad()
+    def init_weights(self, generator: torch.Generator) -> None:
+        """Draw all weights. Each tensor has its own random stream, keyed by the generator's seed and its name.
+
+        So the values depend on neither the device, nor the order, nor the number of processes. Matrices are
+        normal with `init_std`; those that write to the residual stream are divided by sqrt(2 * num_layers)
+        (GPT-2, section 2.3). Norm weights are 1, biases 0.
+        """
+        for name, parameter in self.named_parameters():
+            if name.endswith("norm.weight"):
+                parameter.fill_(1.0)
+            elif name.endswith(".bias"):
+                parameter.zero_()
+            else:
+                std = self.config.init_std
+                if name.endswith(("o_proj.weight", "down_proj.weight")):
+                    std /= (2 * self.config.num_layers) ** 0.5
+                key = hashlib.sha256(f"{generator.initial_seed()}:{name}".encode()).digest()
+                stream = torch.Generator().manual_seed(int.from_bytes(key[:8], "little") >> 1)
+                parameter.copy_(torch.empty(parameter.shape).normal_(0.0, std, generator=stream))
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        labels: Tensor,
+        positions: Tensor,
+        cu_seqlens: Tensor,
+        max_seqlen: int,
+        plans: Plans,
+        trailing: int = 0,
+        per_token: bool = False,
+    ) -> LossSums | Tensor:
+        """Loss of packed rows (fields as in `data.batch.Batch`).
+
+        Args:
+            input_ids, labels, positions: int64 [R, S]; labels are already shifted.
+            cu_seqlens, max_seqlen: document borders of the flattened rows.
+            plans: one per layer, from `model.schedule.plan`.
+            trailing: tokens at the end of full-length rows to sum separately; 0: none.
+            per_token: return losses fp32 [R, S], 0 where ignored, in place of sums.
+        """
+        hidden = self.model(
+            input_ids, positions=positions, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen, plans=plans
+        )
+        losses = self.lm_head(hidden, labels)
+        return losses if per_token else sum_losses(losses, labels, positions, trailing)
+
+    def token_losses(
+        self,
+        input_ids: Tensor,
+        labels: Tensor,
+        positions: Tensor,
+        cu_seqlens: Tensor,
+        max_seqlen: int,
+        plans: Plans,
+    ) -> Tensor:
+        """fp32 [R, S], 0 where ignored. Goes through `forward`, so that ZeRO-3's hooks run."""
+        losses: Tensor = self(input_ids, labels, positions, cu_seqlens, max_seqlen, plans, per_token=True)
+        return losses
+
+    def hidden(
+        self,
+        input_ids: Tensor,
+        positions: Tensor,
+        cu_seqlens: Tensor,
+        max_seqlen: int,
+        plans: Plans,
+        probe: Probe | None = None,
+    ) -> Tensor:
+        """Hidden states after the final norm, [R, S, C]. `probe` sees each MoBA layer's q, k and chosen blocks."""
+        hidden: Tensor = self.model(
+            input_ids, positions=positions, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen, plans=plans, probe=probe
+        )
+        return hidden
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[..., C] -> [..., V], all at once: for a few positions, not for long rows."""
+        logits: Tensor = self.lm_head(hidden)
+        return logits
+
+    @torch.no_grad()
+    def prefill(self, input_ids_RS: Tensor, cache: KVCache, plans: Plans) -> Tensor:
+        """Run the prompts and fill the cache.
+
+        Args:
+            input_ids_RS: int64 [R, S], row r holding `cache.lengths[r]` tokens from the left; the rest is ignored.
+            cache: fresh.
+            plans: one per layer; MoBA layers run as MoBA.
+
+        Returns:
+            fp32 [R, V]: logits after each row's last token.
+        """
+        cache.require("prefill")
+        if len(cache.lengths) != input_ids_RS.shape[0] or max(cache.lengths) > input_ids_RS.shape[1]:
+            raise ValueError(f"prompts {tuple(input_ids_RS.shape)} do not hold rows of {cache.lengths} tokens")
+        device = input_ids_RS.device
+        ids_T = torch.cat([row[:length] for row, length in zip(input_ids_RS, cache.lengths, strict=True)])
+        positions_T = torch.cat([torch.arange(length, device=device) for length in cache.lengths])
+        cu_seqlens = cache.cu_seqlens()
+        hidden_TC = self.model(
+            ids_T,
+            positions=positions_T,
+            cu_seqlens=cu_seqlens,
+            max_seqlen=max(cache.lengths),
+            plans=plans,
+            cache=cache,
+        )
+        cache.end_prefill()
+        return self.logits(hidden_TC[cu_seqlens[1:].long() - 1]).float()
+
+    @torch.no_grad()
+    def decode(self, input_ids_R1: Tensor, cache: KVCache, plans: Plans) -> Tensor:
+        """One more token per row, int64 [R, 1] -> logits fp32 [R, V]."""
+        cache.require("decode")
+        if input_ids_R1.shape != (len(cache.lengths), 1):
+            raise ValueError(f"decode takes one token per row, {len(cache.lengths)} rows: {input_ids_R1.shape}")
+        hidden_RC = self.model(
+            input_ids_R1[:, 0],
+            positions=cache.lengths_R,
+            cu_seqlens=cache.cu_seqlens(),
+            max_seqlen=1,
+            plans=plans,
+            cache=cache,
+        )
+        cache.end_step()
+        return self.logits(hidden_RC).float()
