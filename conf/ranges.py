@@ -42,6 +42,9 @@ CHOICES: dict[tuple[type, str], tuple[str, ...]] = {
     (s.LaunchConfig, "kind"): ("local",),
     (s.WandbConfig, "mode"): ("disabled", "offline", "online"),
     (s.ExportConfig, "dtype"): ("float32", "bfloat16"),
+    (s.LossSuiteConfig, "spacing"): ("linear", "log"),
+    (s.RulerConfig, "decode"): ("full", "moba"),
+    (s.EvalAttentionConfig, "kind"): ("trained", "moba"),
     (s.EvalConfig, "suite"): ("all", "loss", "ruler", "gate"),
     (s.EvalConfig, "device"): ("auto", "cpu", "cuda"),
 }
@@ -88,7 +91,9 @@ RANGES: dict[type, dict[str, Range]] = {
     s.TrainConfig: {"seed": _ZERO_OR_MORE, "max_steps": _COUNT},
     s.PrepareConfig: {"heldout": _SHARE},
     s.LossSuiteConfig: {**dict.fromkeys(("seq_len", "bucket", "trailing"), _ZERO_OR_MORE), "tokens": _COUNT},
-    s.RulerConfig: {"samples": _COUNT, "seed": _ZERO_OR_MORE},
+    s.RulerConfig: {"samples": _COUNT, "seed": _ZERO_OR_MORE, "batch": _COUNT},
+    s.GateConfig: {"seq_len": _ZERO_OR_MORE, "queries": _COUNT},
+    s.EvalAttentionConfig: dict.fromkeys(("block_size", "topk"), _ZERO_OR_MORE),
 }
 
 

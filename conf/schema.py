@@ -225,6 +225,7 @@ class LossSuiteConfig:
     seq_len: int = 0  # 0: the length of the checkpoint's last stage
     tokens: int = 262_144  # held-out tokens read
     bucket: int = 0  # tokens per position bucket; 0: seq_len / 16
+    spacing: str = "linear"  # linear | log: buckets that double from `bucket` on
     trailing: int = 0  # last so many tokens of full-length documents; 0: seq_len / 16
 
 
@@ -234,6 +235,26 @@ class RulerConfig:
     lengths: list[int] = field(default_factory=lambda: [4096])
     samples: int = 500
     seed: int = 42
+    batch: int = 8  # prompts answered at a time
+    template: str = "base"  # text around the prompt: base | meta-chat | vicuna-chat | lwm-chat
+    decode: str = "full"  # full (as in the MoBA paper) | moba: attention of the MoBA runs after the prompt
+
+
+@dataclass
+class GateConfig:
+    """Which blocks queries choose, on one long held-out document."""
+
+    seq_len: int = 0  # 0: as loss.seq_len
+    queries: int = 512  # so many queries are compared with full attention
+
+
+@dataclass
+class EvalAttentionConfig(AttentionConfig):
+    """The attention that is compared with full attention, on the same weights."""
+
+    kind: str = "trained"  # trained: the checkpoint's own MoBA layers | moba: exactly the settings here
+    block_size: int = 0  # 0: as trained
+    topk: int = 0  # 0: as trained
 
 
 @dataclass
@@ -245,9 +266,12 @@ class EvalConfig:
     suite: str = "all"  # all | loss | ruler | gate
     data: str = ""  # prepared set; empty: the one the run was trained on
     device: str = "auto"  # auto | cpu | cuda
-    attention: AttentionConfig = field(default_factory=lambda: AttentionConfig(kind="moba"))
+    attention: Optional[AttentionConfig] = (
+        None  # compared with full attention; null: the MoBA plan it was trained with
+    )
     loss: LossSuiteConfig = field(default_factory=LossSuiteConfig)
     ruler: RulerConfig = field(default_factory=RulerConfig)
+    gate: GateConfig = field(default_factory=GateConfig)
 
 
 ROOTS: dict[str, type[Any]] = {
