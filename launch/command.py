@@ -1,0 +1,38 @@
+"""What a `moba` command is, and how commands talk to the terminal."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+@dataclass(frozen=True)
+class Command:
+    """One `moba` command. `resolve` turns overrides into the root's dataclass, `run` does the work.
+
+    `run` returns the exit code; both raise UserError for bad input.
+    """
+
+    name: str
+    summary: str  # one line, for `moba --help`
+    text: str  # what it does, for `moba NAME --help`
+    examples: tuple[str, ...]
+    resolve: Callable[[Sequence[str]], Any]
+    run: Callable[[Any], int]
+
+
+def console() -> Console:
+    """Console on stdout; output into files and pipes is wide enough for one key per line."""
+    from rich.console import Console
+
+    return Console(width=None if sys.stdout.isatty() else 140, highlight=False)
+
+
+def complain(message: str) -> None:
+    """One line on stderr, as every refusal is printed."""
+    print(f"error: {' '.join(message.split())}", file=sys.stderr, flush=True)

@@ -1,0 +1,104 @@
+"""`moba train`: resolve, validate, write the run's configuration, prepare its data, walk the chain of stages."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from conf.compose import compose, is_group, override_keys, recompose
+from conf.errors import UserError
+from conf.load import load_train_config, save_config
+from conf.paths import RunPaths
+from conf.schema import TrainConfig
+from conf.validate import validate
+from launch import local
+from launch.command import Command
+from launch.preview import print_plan
+from launch.rundir import check_same, run_lock
+from launch.stages import read_progress, walk
+
+
+def resolve(overrides: Sequence[str]) -> TrainConfig:
+    """The configuration asked for. An existing run goes on with its own, unless groups are chosen anew."""
+    asked = override_keys(overrides)
+    saved = RunPaths(Path(str(asked.get("out") or "."))).config
+    if "out" in asked and saved.is_file() and not any(map(is_group, asked)):
+        return recompose(load_train_config(saved), overrides)
+    return compose("train", overrides)
+
+
+def run(config: TrainConfig) -> int:
+    """Train, or go on training, the run in `config.out`. Returns the exit code."""
+    validate(config, config.launch.nproc)
+    _check_devices(config)
+    paths = RunPaths(Path(config.out))
+    check_same(config, paths)
+    if config.dry_run:
+        print_plan(config, read_progress(paths))
+        return 0
+    with run_lock(paths) as lock:
+        check_same(config, paths)  # again: another start may have held the lock until now
+        prepare_data(config)
+        save_config(config, paths.config)
+        return walk(config, paths, lambda stage: local.start_stage(config, paths, stage, lock))
+
+
+def prepare_data(config: TrainConfig) -> None:
+    """Prepare the data sets that can be prepared on demand, and check all against model and each other."""
+    from data.prepare import prepare
+    from data.store import TokenStore
+
+    tokenizers: dict[str, str] = {}
+    for name, one in config.data.sets.items():
+        key = f"data.sets.{name}"
+        folder = Path(one.path)
+        if one.source:
+            prepare(folder, one.source, one.heldout, config.data.tokenizer)
+        elif not (folder / "manifest.json").is_file():
+            raise UserError(
+                f"{key}.path={folder} is no prepared set: run moba prepare, or give {key}.source=FOLDER"
+            )
+        store = TokenStore(folder, "train")
+        if store.vocab_size > config.model.vocab_size:
+            raise UserError(
+                f"model.vocab_size={config.model.vocab_size} is below the {store.vocab_size} tokens of {key}'s "
+                f"tokenizer: use model.vocab_size={store.vocab_size} or another set"
+            )
+        from data.tokenizer import load_tokenizer
+
+        tokenizers[name] = load_tokenizer(store.tokenizer_path).fingerprint
+    first = next(iter(tokenizers))
+    for name, fingerprint in tokenizers.items():
+        if fingerprint != tokenizers[first]:
+            raise UserError(
+                f"data.sets.{name} and data.sets.{first} were prepared with different tokenizers: "
+                f"prepare one with tokenizer.path=<the other's tokenizer folder>"
+            )
+
+
+def _check_devices(config: TrainConfig) -> None:
+    import torch
+
+    devices = torch.cuda.device_count()
+    if devices and config.launch.nproc > devices:
+        raise UserError(
+            f"launch.nproc={config.launch.nproc}: {devices} CUDA devices are visible, use at most {devices}"
+        )
+
+
+COMMAND = Command(
+    name="train",
+    summary="train a model through a chain of stages; run it again to resume",
+    text="""
+Composes a recipe, checks it, prepares its data if need be and trains stage after stage into the run folder
+`out`: config.yaml, metrics.jsonl, checkpoints/. The same command again goes on from the newest checkpoint;
+`moba train out=RUN` alone does so with the run's own configuration.
+""",
+    examples=(
+        "moba train recipe=quickstart out=runs/x",
+        "moba train recipe=quickstart out=runs/x dry_run=true stages.long.attention.topk=8",
+        "moba train out=runs/x launch.nproc=1   # go on with an existing run",
+    ),
+    resolve=resolve,
+    run=run,
+)
