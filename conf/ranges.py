@@ -44,7 +44,8 @@ CHOICES: dict[tuple[type, str], tuple[str, ...]] = {
     (s.ExportConfig, "dtype"): ("float32", "bfloat16"),
     (s.LossSuiteConfig, "spacing"): ("linear", "log"),
     (s.RulerConfig, "decode"): ("full", "moba"),
-    (s.EvalAttentionConfig, "kind"): ("trained", "moba"),
+    (s.EvalAttentionConfig, "backend"): ("auto", "reference", "varlen", "triton"),
+    (s.EvalAttentionConfig, "kind"): ("trained", "moba", "full"),
     (s.EvalConfig, "suite"): ("all", "loss", "ruler", "gate"),
     (s.EvalConfig, "device"): ("auto", "cpu", "cuda"),
 }

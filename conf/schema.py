@@ -252,7 +252,7 @@ class GateConfig:
 class EvalAttentionConfig(AttentionConfig):
     """The attention that is compared with full attention, on the same weights."""
 
-    kind: str = "trained"  # trained: the checkpoint's own MoBA layers | moba: exactly the settings here
+    kind: str = "trained"  # trained: its own MoBA layers | moba: exactly these settings | full: no MoBA
     block_size: int = 0  # 0: as trained
     topk: int = 0  # 0: as trained
 
@@ -266,9 +266,7 @@ class EvalConfig:
     suite: str = "all"  # all | loss | ruler | gate
     data: str = ""  # prepared set; empty: the one the run was trained on
     device: str = "auto"  # auto | cpu | cuda
-    attention: Optional[AttentionConfig] = (
-        None  # compared with full attention; null: the MoBA plan it was trained with
-    )
+    attention: EvalAttentionConfig = field(default_factory=EvalAttentionConfig)
     loss: LossSuiteConfig = field(default_factory=LossSuiteConfig)
     ruler: RulerConfig = field(default_factory=RulerConfig)
     gate: GateConfig = field(default_factory=GateConfig)
