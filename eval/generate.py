@@ -1,0 +1,71 @@
+"""Greedy generation through the KV cache: one prefill, then one token per row and step.
+
+The attention plans of the two phases are given separately. The MoBA paper prefills with MoBA and decodes
+with full attention (section 3.4).
+
+Shape legend: R rows, S longest prompt, V vocab_size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from model.cache import KVCache
+from model.schedule import LayerPlan
+from model.transformer import CausalLM
+
+
+@torch.no_grad()
+def generate(
+    model: CausalLM,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    eos_id: int | None,
+    prefill_plans: Sequence[LayerPlan],
+    decode_plans: Sequence[LayerPlan],
+) -> list[list[int]]:
+    """The most likely continuation of every prompt, token by token.
+
+    Args:
+        prompts: token ids; lengths may differ, none may be empty.
+        max_new_tokens: at most so many tokens per prompt.
+        eos_id: a row ends with this token, which is not returned. None: rows run to `max_new_tokens`.
+        prefill_plans, decode_plans: one plan per layer for the prompt and for the tokens after it.
+
+    Returns:
+        New tokens of each prompt. Rows of a batch do not influence each other.
+
+    Raises:
+        ValueError: an empty prompt, or `max_new_tokens` below 1.
+    """
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+    if not prompts:
+        return []
+    parameter = next(model.parameters())
+    lengths = [len(prompt) for prompt in prompts]
+    cache = KVCache(model.config, lengths, max_new_tokens, dtype=parameter.dtype, device=parameter.device)
+    ids_RS = torch.zeros(len(prompts), max(lengths), dtype=torch.int64)
+    for row, prompt in enumerate(prompts):
+        ids_RS[row, : len(prompt)] = torch.tensor(prompt)
+
+    logits_RV = model.prefill(ids_RS.to(parameter.device), cache, prefill_plans)
+    chosen: list[torch.Tensor] = []
+    ended_R = torch.zeros(len(prompts), dtype=torch.bool, device=parameter.device)
+    for step in range(max_new_tokens):
+        token_R = logits_RV.argmax(-1)
+        chosen.append(token_R)
+        if eos_id is not None:
+            ended_R |= token_R == eos_id
+            if bool(ended_R.all()):
+                break
+        if step + 1 < max_new_tokens:
+            logits_RV = model.decode(token_R[:, None], cache, decode_plans)
+    return [_until(row, eos_id) for row in torch.stack(chosen, 1).tolist()]
+
+
+def _until(tokens: list[int], eos_id: int | None) -> list[int]:
+    return tokens[: tokens.index(eos_id)] if eos_id is not None and eos_id in tokens else tokens
