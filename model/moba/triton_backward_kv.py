@@ -1,0 +1,237 @@
+# mypy: allow-untyped-defs
+"""Backward for the keys: dk and dv, summed over every query of the key head's group in one fixed order.
+
+A program owns KEYS keys of one block. First the list of the pairs that chose the block (gathered query rows,
+lse and delta streamed in list order), then the block's own queries, causally. Scores are computed transposed,
+S^T = K Q^T, so that p and ds enter the next product as register operands without a transposition.
+
+For blocks of at most 128 keys the same program also has everything for the partial dq of its pairs: the fused
+variant writes it and no dq kernel runs.
+
+Shape legend: triton_common.py.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from model.moba import triton_common as common
+from model.moba.blocks import BlockTable
+from model.moba.triton_backward import RowSums
+from model.moba.triton_common import Tile
+from model.moba.triton_lists import Lists
+
+_COPY_PIECE = 1024
+
+
+@triton.jit
+def _gradient_step(q, dout, lse, delta, k, v, visible, scale_log2, dk, dv, MASK: tl.constexpr):
+    """Adds the rows q, dout [ROWS, D] to dk, dv [KEYS, D]; returns ds^T too."""
+    pt = tl.exp2(tl.dot(k, q.T, input_precision="ieee") * scale_log2 - lse[None, :])
+    if MASK:
+        pt = tl.where(visible, pt, 0.0)
+    dv = tl.dot(pt.to(dout.dtype), dout, dv, input_precision="ieee")
+    dst = (pt * (tl.dot(v, dout.T, input_precision="ieee") - delta[None, :])).to(q.dtype)
+    dk = tl.dot(dst, q, dk, input_precision="ieee")
+    return dk, dv, dst
+
+
+@triton.jit(
+    do_not_specialize=[
+        "padded_tokens",
+        "H",
+        "num_kv_heads",
+        "first_head",
+        "num_heads",
+        "num_lists",
+        "pairs_per_head",
+        "num_subs",
+    ]
+)
+def _dkv_kernel(
+    q_ptr,
+    dout_ptr,
+    q_desc,
+    dout_desc,
+    k_ptr,
+    v_ptr,
+    lse_desc,
+    delta_desc,
+    list_lse_desc,
+    list_delta_desc,
+    row_ptr,
+    pair_ptr,
+    offset_ptr,
+    count_ptr,
+    block_start_ptr,
+    block_len_ptr,
+    part_ptr,
+    dk_ptr,
+    dv_ptr,
+    scale_log2,
+    softmax_scale,
+    padded_tokens,
+    H,
+    num_kv_heads,
+    first_head,
+    num_heads,
+    num_lists,
+    pairs_per_head,
+    num_subs,
+    G: tl.constexpr,
+    ROWS: tl.constexpr,
+    KEYS: tl.constexpr,
+    D: tl.constexpr,
+    ROUTED: tl.constexpr,
+    FUSED: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """Program = (block, key head, KEYS of its keys). Early blocks, which have the longest lists, start first."""
+    sub = tl.program_id(0) % num_subs
+    local = tl.program_id(0) // num_subs % num_heads
+    block = tl.program_id(0) // num_subs // num_heads
+    length = tl.load(block_len_ptr + block)
+    if sub * KEYS < length:
+        block_start = tl.load(block_start_ptr + block)
+        first_key = block_start + sub * KEYS
+        end = block_start + length
+        head = first_head + local
+        n = tl.arange(0, KEYS)
+        d = tl.arange(0, D)
+        r = tl.arange(0, ROWS)
+        key = first_key + n
+        at = (key.to(tl.int64) * num_kv_heads + head)[:, None] * D + d[None, :]
+        live_key = (key < end)[:, None]
+        k = tl.load(k_ptr + at, mask=live_key, other=0.0)
+        v = tl.load(v_ptr + at, mask=live_key, other=0.0)
+        dk = tl.zeros([KEYS, D], tl.float32)
+        dv = tl.zeros([KEYS, D], tl.float32)
+        if ROUTED:
+            offset = tl.load(offset_ptr + local * num_lists + block)
+            count = tl.load(count_ptr + local * num_lists + block)
+            rows = row_ptr + offset
+            # row ids are fetched one step ahead: the gather of q and dout depends on them
+            ahead = tl.load(rows + r, mask=r < count, other=0)
+            for i in tl.range(0, count, ROWS, num_stages=STAGES):
+                live = i + r < count
+                row = ahead.to(tl.int64)
+                ahead = tl.load(rows + i + ROWS + r, mask=i + ROWS + r < count, other=0)
+                q = tl.load(q_ptr + row[:, None] * D + d[None, :])
+                dout = tl.load(dout_ptr + row[:, None] * D + d[None, :])
+                lse = tl.where(live, list_lse_desc.load([offset + i]), float("inf"))
+                delta = tl.where(live, list_delta_desc.load([offset + i]), 0.0)
+                dk, dv, dst = _gradient_step(q, dout, lse, delta, k, v, live_key, scale_log2, dk, dv, FUSED)
+                if FUSED:
+                    dq = tl.dot(dst.T, k, input_precision="ieee")
+                    to = local.to(tl.int64) * pairs_per_head + tl.load(pair_ptr + offset + i + r, mask=live, other=0)
+                    to = to[:, None] * D + d[None, :]
+                    tl.store(part_ptr + to, dq.to(part_ptr.dtype.element_ty), mask=live[:, None])
+        # Own block: tiles of tokens from first_key on, start rounded down for aligned 1-D loads of lse, delta;
+        # tokens before first_key see none of these keys.
+        start = first_key // 4 * 4
+        num = (end - start + (ROWS - 1)) // ROWS
+        for i in tl.range(0, num * G, num_stages=STAGES):
+            query_head = head * G + i % G
+            first = start + i // G * ROWS
+            token = first + r
+            q = q_desc.load([first, query_head * D])
+            dout = dout_desc.load([first, query_head * D])
+            lse = lse_desc.load([query_head * padded_tokens + first])
+            delta = delta_desc.load([query_head * padded_tokens + first])
+            visible = (key[:, None] <= token[None, :]) & (token < end)[None, :]
+            dk, dv, dst = _gradient_step(q, dout, lse, delta, k, v, visible, scale_log2, dk, dv, True)
+        tl.store(dk_ptr + at, (dk * softmax_scale).to(dk_ptr.dtype.element_ty), mask=live_key)
+        tl.store(dv_ptr + at, dv.to(dv_ptr.dtype.element_ty), mask=live_key)
+
+
+@triton.jit(do_not_specialize=["n"])
+def _list_kernel(row_ptr, lse_ptr, delta_ptr, list_lse_ptr, list_delta_ptr, offset_ptr, count_ptr, PIECE: tl.constexpr):
+    """Program = (list): lse and delta in list order."""
+    offset = tl.load(offset_ptr + tl.program_id(0))
+    count = tl.load(count_ptr + tl.program_id(0))
+    for base in tl.range(0, count, PIECE):
+        i = base + tl.arange(0, PIECE)
+        live = i < count
+        row = tl.load(row_ptr + offset + i, mask=live, other=0)
+        tl.store(list_lse_ptr + offset + i, tl.load(lse_ptr + row, mask=live, other=0.0), mask=live)
+        tl.store(list_delta_ptr + offset + i, tl.load(delta_ptr + row, mask=live, other=0.0), mask=live)
+
+
+def fill_list_sums(lists: Lists, sums: RowSums, list_lse: Tensor, list_delta: Tensor) -> None:
+    """lse and delta of every list entry, where no dq kernel has written them."""
+    _list_kernel[(lists.offset.numel(),)](
+        lists.row,
+        sums.lse_TH,
+        sums.delta_TH,
+        list_lse,
+        list_delta,
+        lists.offset,
+        lists.count,
+        PIECE=_COPY_PIECE,
+        num_warps=4,
+    )
+
+
+def dkv(
+    q_THD: Tensor,
+    k_THD: Tensor,
+    v_THD: Tensor,
+    dout_THD: Tensor,
+    sums: RowSums,
+    lists: Lists | None,
+    list_lse: Tensor | None,
+    list_delta: Tensor | None,
+    part: Tensor | None,
+    table: BlockTable,
+    dk_THD: Tensor,
+    dv_THD: Tensor,
+    heads: range,
+    softmax_scale: float,
+    tile: Tile,
+) -> None:
+    """dk, dv [T, Hkv, D] of some key heads. With `part` also the dq partials of all tokens (fused)."""
+    T, H, D = q_THD.shape
+    Hkv = k_THD.shape[1]
+    num_subs = common.ceil_div(table.block_size, tile.keys)
+    spare = sums.lse_TH  # stands in for arguments that this variant never touches
+    _dkv_kernel[(table.block_start.numel() * len(heads) * num_subs,)](
+        q_THD,
+        dout_THD,
+        common.token_rows(q_THD, tile.rows),
+        common.token_rows(dout_THD, tile.rows),
+        k_THD,
+        v_THD,
+        common.vector(sums.lse_HT, tile.rows),
+        common.vector(sums.delta_HT, tile.rows),
+        common.vector(spare if list_lse is None else list_lse, tile.rows),
+        common.vector(spare if list_delta is None else list_delta, tile.rows),
+        spare if lists is None else lists.row,
+        spare if lists is None else lists.pair,
+        spare if lists is None else lists.offset,
+        spare if lists is None else lists.count,
+        table.block_start,
+        table.block_len,
+        spare if part is None else part,
+        dk_THD,
+        dv_THD,
+        softmax_scale * common.LOG2E,
+        softmax_scale,
+        sums.lse_HT.shape[1],
+        H,
+        Hkv,
+        heads.start,
+        len(heads),
+        table.block_start.numel() + 1,
+        0 if lists is None else lists.pairs_per_head,
+        num_subs,
+        G=H // Hkv,
+        ROWS=tile.rows,
+        KEYS=tile.keys,
+        D=D,
+        ROUTED=lists is not None,
+        FUSED=part is not None,
+        STAGES=tile.stages,
+        **tile.options,
+    )

@@ -1,0 +1,310 @@
+# mypy: allow-untyped-defs
+"""Forward: attention to the chosen past blocks, block by block, then the own block and the merge.
+
+A routed program takes one key block and the queries that chose it (gathered rows), and writes one partial
+result per pair: normalised output and lse2. The combine kernel walks queries: own block first, then the
+partials in slot order. The sums of a query are thus always made in the same order, whatever the tiling.
+
+Routed blocks are full blocks of the query's own document before its own block: no causal or document mask.
+
+Shape legend: triton_common.py. Partials of a chunk: part [heads of the chunk, tokens of the chunk, G, K, D].
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from model.moba import triton_common as common
+from model.moba.blocks import BlockTable
+from model.moba.triton_common import Tile
+from model.moba.triton_lists import Lists, TileTable
+
+
+@triton.jit
+def _attend(q, k, v, visible, scale_log2, top, total, out, MASK: tl.constexpr):
+    """One online-softmax step: out, total, top (running maximum) after the keys k, v."""
+    score = tl.dot(q, k.T, input_precision="ieee")
+    if MASK:
+        score = tl.where(visible, score, float("-inf"))
+    new_top = tl.maximum(top, tl.max(score, 1) * scale_log2)
+    if MASK:  # a row that has seen nothing yet: keep exp2 away from inf - inf
+        base = tl.where(new_top == float("-inf"), 0.0, new_top)
+    else:
+        base = new_top
+    p = tl.exp2(score * scale_log2 - base[:, None])
+    decay = tl.exp2(top - base)
+    total = total * decay + tl.sum(p, 1)
+    out = tl.dot(p.to(v.dtype), v, out * decay[:, None], input_precision="ieee")
+    return new_top, total, out
+
+
+@triton.jit(do_not_specialize=["num_lists", "first_head", "pair_base", "pairs_per_head"])
+def _routed_kernel(
+    q_ptr,
+    k_desc,
+    v_desc,
+    part_ptr,
+    lse_ptr,
+    row_ptr,
+    pair_ptr,
+    tile_ptr,
+    num_tiles_ptr,
+    block_start_ptr,
+    scale_log2,
+    block_size,
+    num_lists,
+    first_head,
+    pair_base,
+    pairs_per_head,
+    ROWS: tl.constexpr,
+    KEYS: tl.constexpr,
+    D: tl.constexpr,
+    EVEN: tl.constexpr,  # block_size % KEYS == 0
+):
+    """Program = up to ROWS pairs of one block; keys stream through shared memory."""
+    tile = tl.program_id(0)
+    if tile < tl.load(num_tiles_ptr):
+        lists = tl.load(tile_ptr + tile * 4)
+        offset = tl.load(tile_ptr + tile * 4 + 1)
+        count = tl.load(tile_ptr + tile * 4 + 2)
+        head = lists // num_lists
+        start = tl.load(block_start_ptr + lists - head * num_lists)
+        r = tl.arange(0, ROWS)
+        d = tl.arange(0, D)
+        n = tl.arange(0, KEYS)
+        row = tl.load(row_ptr + offset + tl.minimum(r, count - 1)).to(tl.int64)
+        q = tl.load(q_ptr + row[:, None] * D + d[None, :])
+        top = tl.full([ROWS], float("-inf"), tl.float32)
+        total = tl.zeros([ROWS], tl.float32)
+        out = tl.zeros([ROWS, D], tl.float32)
+        column = (first_head + head) * D
+        for j in tl.range(0, block_size, KEYS):
+            k = k_desc.load([start + j, column])
+            v = v_desc.load([start + j, column])
+            top, total, out = _attend(
+                q, k, v, (j + n < block_size)[None, :], scale_log2, top, total, out, not EVEN
+            )
+        out = out * (1.0 / total)[:, None]
+        live = r < count
+        pair = tl.load(pair_ptr + offset + r, mask=live, other=0)
+        to = head.to(tl.int64) * pairs_per_head + pair - pair_base
+        tl.store(part_ptr + to[:, None] * D + d[None, :], out.to(part_ptr.dtype.element_ty), mask=live[:, None])
+        tl.store(lse_ptr + to, top + tl.log2(total), mask=live)
+
+
+@triton.jit(do_not_specialize=["num_lists", "first_head", "pair_base", "pairs_per_head"])
+def _stationary_kernel(
+    q_ptr,
+    k_desc,
+    v_desc,
+    part_ptr,
+    lse_ptr,
+    row_ptr,
+    pair_ptr,
+    tile_ptr,
+    num_tiles_ptr,
+    block_start_ptr,
+    scale_log2,
+    block_size,
+    num_lists,
+    first_head,
+    pair_base,
+    pairs_per_head,
+    ROWS: tl.constexpr,
+    KEYS: tl.constexpr,
+    D: tl.constexpr,
+    EVEN: tl.constexpr,  # block_size == KEYS
+):
+    """Program = a run of pairs of one small block: its keys stay in shared memory, query rows stream."""
+    tile = tl.program_id(0)
+    if tile < tl.load(num_tiles_ptr):
+        lists = tl.load(tile_ptr + tile * 4)
+        offset = tl.load(tile_ptr + tile * 4 + 1)
+        count = tl.load(tile_ptr + tile * 4 + 2)
+        head = lists // num_lists
+        start = tl.load(block_start_ptr + lists - head * num_lists)
+        r = tl.arange(0, ROWS)
+        d = tl.arange(0, D)
+        n = tl.arange(0, KEYS)
+        k = k_desc.load([start, (first_head + head) * D])
+        v = v_desc.load([start, (first_head + head) * D])
+        base = head.to(tl.int64) * pairs_per_head - pair_base
+        for i in tl.range(0, count, ROWS):
+            live = i + r < count
+            row = tl.load(row_ptr + offset + tl.minimum(i + r, count - 1)).to(tl.int64)
+            q = tl.load(q_ptr + row[:, None] * D + d[None, :])
+            score = tl.dot(q, k.T, input_precision="ieee")
+            if not EVEN:
+                score = tl.where((n < block_size)[None, :], score, float("-inf"))
+            top = tl.max(score, 1) * scale_log2
+            p = tl.exp2(score * scale_log2 - top[:, None])
+            total = tl.sum(p, 1)
+            out = tl.dot(p.to(v.dtype), v, input_precision="ieee") * (1.0 / total)[:, None]
+            to = base + tl.load(pair_ptr + offset + i + r, mask=live, other=0)
+            tl.store(part_ptr + to[:, None] * D + d[None, :], out.to(part_ptr.dtype.element_ty), mask=live[:, None])
+            tl.store(lse_ptr + to, top + tl.log2(total), mask=live)
+
+
+@triton.jit(do_not_specialize=["num_tokens", "H", "K", "first_head", "num_heads", "first_token", "pairs_per_head"])
+def _combine_kernel(
+    q_ptr,
+    k_desc,
+    v_desc,
+    part_ptr,
+    part_lse_ptr,
+    ids_ptr,
+    own_start_ptr,
+    out_ptr,
+    lse_ptr,
+    scale_log2,
+    num_tokens,
+    H,
+    K,
+    first_head,
+    num_heads,
+    first_token,
+    pairs_per_head,
+    G: tl.constexpr,
+    ROWS: tl.constexpr,
+    KEYS: tl.constexpr,
+    D: tl.constexpr,
+):
+    """Program = (ROWS tokens, query head): own block, then the partials in slot order."""
+    local = tl.program_id(0) % (num_heads * G)
+    first = first_token + tl.program_id(0) // (num_heads * G) * ROWS
+    head = first_head + local // G
+    g = local % G
+    token = first + tl.arange(0, ROWS)
+    live = token < num_tokens
+    d = tl.arange(0, D)
+    n = tl.arange(0, KEYS)
+    row = token.to(tl.int64) * H + head * G + g
+    q = tl.load(q_ptr + row[:, None] * D + d[None, :], mask=live[:, None], other=0.0)
+    top = tl.full([ROWS], float("-inf"), tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    out = tl.zeros([ROWS, D], tl.float32)
+
+    # rows of one tile may lie in several blocks; keys that all of them see need no mask
+    last = tl.minimum(first + ROWS, num_tokens) - 1
+    begin = tl.load(own_start_ptr + first)
+    plain_end = begin
+    if tl.load(own_start_ptr + last) == begin:
+        plain_end = begin + ((first - begin) // KEYS) * KEYS
+    column = head * D
+    own_start = tl.load(own_start_ptr + token, mask=live, other=0)
+    for j in tl.range(plain_end, last + 1, KEYS, num_stages=1):
+        key = (j + n)[None, :]
+        visible = (key <= token[:, None]) & (key >= own_start[:, None])
+        k = k_desc.load([j, column])
+        v = v_desc.load([j, column])
+        top, total, out = _attend(q, k, v, visible, scale_log2, top, total, out, True)
+    for j in tl.range(begin, plain_end, KEYS):
+        k = k_desc.load([j, column])
+        v = v_desc.load([j, column])
+        top, total, out = _attend(q, k, v, True, scale_log2, top, total, out, False)
+
+    pair = (head - first_head).to(tl.int64) * pairs_per_head + ((token - first_token).to(tl.int64) * G + g) * K
+    for s in tl.range(0, K, num_stages=2):
+        used = tl.load(ids_ptr + row * K + s, mask=live, other=-1) >= 0
+        lse = tl.load(part_lse_ptr + pair + s, mask=used, other=float("-inf"))
+        part = tl.load(part_ptr + (pair + s)[:, None] * D + d[None, :], mask=used[:, None], other=0.0)
+        new_top = tl.maximum(top, lse)
+        decay = tl.exp2(top - new_top)
+        weight = tl.exp2(lse - new_top)
+        out = out * decay[:, None] + part.to(tl.float32) * weight[:, None]
+        total = total * decay + weight
+        top = new_top
+    out = out * (1.0 / total)[:, None]
+    tl.store(out_ptr + row[:, None] * D + d[None, :], out.to(out_ptr.dtype.element_ty), mask=live[:, None])
+    tl.store(lse_ptr + row, top + tl.log2(total), mask=live)
+
+
+def routed(
+    q_THD: Tensor,
+    k_THD: Tensor,
+    v_THD: Tensor,
+    part: Tensor,
+    part_lse: Tensor,
+    lists: Lists,
+    tiles: TileTable,
+    table: BlockTable,
+    first_token: int,
+    scale_log2: float,
+    tile: Tile,
+    stationary: bool,
+) -> None:
+    """Fills part [heads, tokens, G, K, D] and part_lse (base 2) for one chunk; empty slots stay untouched."""
+    D = q_THD.shape[-1]
+    kernel = _stationary_kernel if stationary else _routed_kernel
+    slots = lists.group * lists.slots
+    kernel[(tiles.bound,)](
+        q_THD,
+        common.token_rows(k_THD, tile.keys),
+        common.token_rows(v_THD, tile.keys),
+        part,
+        part_lse,
+        lists.row,
+        lists.pair,
+        tiles.tile,
+        tiles.num_tiles,
+        table.block_start,
+        scale_log2,
+        table.block_size,
+        lists.num_lists,
+        lists.first_head,
+        first_token * slots,
+        part.shape[1] * slots,
+        ROWS=tile.rows,
+        KEYS=tile.keys,
+        D=D,
+        EVEN=table.block_size % tile.keys == 0,
+        **tile.options,
+    )
+
+
+def combine(
+    q_THD: Tensor,
+    k_THD: Tensor,
+    v_THD: Tensor,
+    part: Tensor | None,
+    part_lse: Tensor | None,
+    block_ids: Tensor,
+    table: BlockTable,
+    out_THD: Tensor,
+    lse_TH: Tensor,
+    heads: range,
+    tokens: range,
+    scale_log2: float,
+    tile: Tile,
+) -> None:
+    """Own block plus partials -> out [T, H, D] and lse2 fp32 [T, H], for some key heads and tokens."""
+    H, D = q_THD.shape[1:]
+    G = H // k_THD.shape[1]
+    K = block_ids.shape[-1]
+    grid = (common.ceil_div(len(tokens), tile.rows) * len(heads) * G,)
+    _combine_kernel[grid](
+        q_THD,
+        common.token_rows(k_THD, tile.keys),
+        common.token_rows(v_THD, tile.keys),
+        q_THD if part is None else part,
+        lse_TH if part_lse is None else part_lse,
+        block_ids,
+        table.own_start,
+        out_THD,
+        lse_TH,
+        scale_log2,
+        tokens.stop,
+        H,
+        K,
+        heads.start,
+        len(heads),
+        tokens.start,
+        len(tokens) * G * K,
+        G=G,
+        ROWS=tile.rows,
+        KEYS=tile.keys,
+        D=D,
+        **tile.options,
+    )

@@ -1,0 +1,193 @@
+"""Attention to given blocks with the Triton kernels, as one differentiable operation.
+
+Saved for the backward pass: q, k, v, out, lse, the block ids, and the lists where they were built in one
+piece. Partial results are never saved. No host synchronisation anywhere, no floating-point atomics: repeated
+runs give equal bits, and a CUDA graph can capture both passes.
+
+Shape legend: triton_common.py.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from model.moba import triton_common as common
+from model.moba import triton_lists
+from model.moba.blocks import BlockTable
+from model.moba.triton_backward import RowSums, dq_partials, merge_dq
+from model.moba.triton_backward_kv import dkv, fill_list_sums
+from model.moba.triton_forward import combine, routed
+from model.moba.triton_lists import Lists
+from model.moba.triton_plan import Plan, default_budget, make_plan
+
+
+def attend(
+    q_THD: Tensor,
+    k_THD: Tensor,
+    v_THD: Tensor,
+    block_ids: Tensor,
+    table: BlockTable,
+    softmax_scale: float,
+    *,
+    budget: int | None = None,
+) -> Tensor:
+    """Softmax attention over the listed past blocks and the causal part of the own block.
+
+    Args:
+        q_THD: [T, H, D], k_THD, v_THD: [T, Hkv, D]; one dtype, H a multiple of Hkv.
+        block_ids: int32 [T, H, K], global ids of past blocks of the same document, each at most once per row,
+            -1 = none. They are taken as they are: a recomputed forward given the same ids attends to the same
+            blocks.
+        budget: scratch bytes; None: `triton_plan.default_budget`. The result does not depend on it.
+
+    Returns:
+        out [T, H, D] in q's dtype, differentiable in q, k and v.
+    """
+    q_THD, k_THD, v_THD = q_THD.contiguous(), k_THD.contiguous(), v_THD.contiguous()
+    T, H, D = q_THD.shape
+    if budget is None:
+        budget = default_budget(T, H, k_THD.shape[1], D, q_THD.element_size())
+    return _Attend.apply(q_THD, k_THD, v_THD, block_ids.contiguous(), table, softmax_scale, budget)
+
+
+class _Attend(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q_THD: Tensor,
+        k_THD: Tensor,
+        v_THD: Tensor,
+        block_ids: Tensor,
+        table: BlockTable,
+        softmax_scale: float,
+        budget: int,
+    ) -> Tensor:
+        out, lse, lists = forward_pass(q_THD, k_THD, v_THD, block_ids, table, softmax_scale, budget)
+        ctx.save_for_backward(q_THD, k_THD, v_THD, block_ids, out, lse, *(lists.tensors if lists else ()))
+        ctx.lists = None if lists is None else dataclasses.replace(lists, **dict.fromkeys(_LIST_TENSORS))
+        ctx.table, ctx.softmax_scale, ctx.budget = table, softmax_scale, budget
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, dout_THD: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        q_THD, k_THD, v_THD, block_ids, out, lse, *tensors = ctx.saved_tensors
+        lists = dataclasses.replace(ctx.lists, **dict(zip(_LIST_TENSORS, tensors, strict=True))) if tensors else None
+        dq, dk, dv = backward_pass(
+            q_THD,
+            k_THD,
+            v_THD,
+            block_ids,
+            out,
+            lse,
+            dout_THD.contiguous(),
+            ctx.table,
+            ctx.softmax_scale,
+            ctx.budget,
+            lists,
+        )
+        return dq, dk, dv, None, None, None, None
+
+
+_LIST_TENSORS = ("row", "pair", "offset", "count")
+
+
+def forward_pass(
+    q_THD: Tensor,
+    k_THD: Tensor,
+    v_THD: Tensor,
+    block_ids: Tensor,
+    table: BlockTable,
+    softmax_scale: float,
+    budget: int,
+) -> tuple[Tensor, Tensor, Lists | None]:
+    """out [T, H, D], lse2 fp32 [T, H], and the lists if one piece held all key heads."""
+    T, H, D = q_THD.shape
+    Hkv, K = k_THD.shape[1], block_ids.shape[-1]
+    plan, tiles = _plan(q_THD, k_THD, K, budget), common.tiles_for(D, table.block_size, table.block_start.numel())
+    out = common.empty((T, H, D), q_THD.dtype, q_THD.device)
+    lse = common.empty((T, H), torch.float32, q_THD.device)
+    scale_log2 = softmax_scale * common.LOG2E
+    lists: Lists | None = None
+    for heads in plan.head_ranges(Hkv):
+        if K == 0:
+            combine(q_THD, k_THD, v_THD, None, None, block_ids, table, out, lse, heads, range(T), scale_log2,
+                    tiles.combine)  # fmt: skip
+            continue
+        lists = _lists(block_ids, table, H // Hkv, heads)
+        part, part_lse = _partials(q_THD, plan, heads, H // Hkv * K)
+        for tokens in plan.token_ranges(T):
+            rows = tiles.routed.rows * (tiles.stream if tiles.stationary else 1)
+            work = lists.tiles(rows, tokens.start, tokens.stop)
+            part_c, lse_c = part[:, : len(tokens)], part_lse[:, : len(tokens)]
+            routed(q_THD, k_THD, v_THD, part_c, lse_c, lists, work, table, tokens.start, scale_log2, tiles.routed,
+                   tiles.stationary)  # fmt: skip
+            combine(q_THD, k_THD, v_THD, part_c, lse_c, block_ids, table, out, lse, heads, tokens, scale_log2,
+                    tiles.combine)  # fmt: skip
+    whole = plan.heads == Hkv and plan.tokens == T
+    return out, lse, lists if whole else None
+
+
+def backward_pass(
+    q_THD: Tensor,
+    k_THD: Tensor,
+    v_THD: Tensor,
+    block_ids: Tensor,
+    out_THD: Tensor,
+    lse_TH: Tensor,
+    dout_THD: Tensor,
+    table: BlockTable,
+    softmax_scale: float,
+    budget: int,
+    saved: Lists | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dq, dk, dv in the shapes and dtypes of q, k, v."""
+    T, H, D = q_THD.shape
+    Hkv, K = k_THD.shape[1], block_ids.shape[-1]
+    plan, tiles = _plan(q_THD, k_THD, K, budget), common.tiles_for(D, table.block_size, table.block_start.numel())
+    sums = RowSums(out_THD, dout_THD, lse_TH)
+    dq, dk, dv = (common.empty(tuple(x.shape), x.dtype, x.device) for x in (q_THD, k_THD, v_THD))
+    scale_log2 = softmax_scale * common.LOG2E
+    inputs = (q_THD, k_THD, v_THD, dout_THD, sums)
+    fused = tiles.fused and plan.tokens >= T
+    for heads in plan.head_ranges(Hkv):
+        if K == 0:
+            merge_dq(*inputs, None, block_ids, table, dq, heads, range(T), softmax_scale, tiles.merge)
+            dkv(*inputs, None, None, None, None, table, dk, dv, heads, softmax_scale, tiles.dkv)
+            continue
+        lists = saved or _lists(block_ids, table, H // Hkv, heads)
+        list_lse = common.empty((lists.row.numel(),), torch.float32, q_THD.device)
+        list_delta = torch.empty_like(list_lse)
+        part, _ = _partials(q_THD, plan, heads, H // Hkv * K)
+        if fused:
+            fill_list_sums(lists, sums, list_lse, list_delta)
+            dkv(*inputs, lists, list_lse, list_delta, part, table, dk, dv, heads, softmax_scale, tiles.dkv)
+            merge_dq(*inputs, part, block_ids, table, dq, heads, range(T), softmax_scale, tiles.merge)
+            continue
+        for tokens in plan.token_ranges(T):
+            work = lists.tiles(tiles.dq.rows, tokens.start, tokens.stop)
+            part_c = part[:, : len(tokens)]
+            dq_partials(*inputs, part_c, list_lse, list_delta, lists, work, table, tokens.start, scale_log2, tiles.dq)
+            merge_dq(*inputs, part_c, block_ids, table, dq, heads, tokens, softmax_scale, tiles.merge)
+        dkv(*inputs, lists, list_lse, list_delta, None, table, dk, dv, heads, softmax_scale, tiles.dkv)
+    return dq, dk, dv
+
+
+def _plan(q_THD: Tensor, k_THD: Tensor, slots: int, budget: int) -> Plan:
+    T, H, D = q_THD.shape
+    return make_plan(T, H, k_THD.shape[1], D, slots, q_THD.element_size(), budget)
+
+
+def _lists(block_ids: Tensor, table: BlockTable, group: int, heads: range) -> Lists:
+    return triton_lists.build_lists(block_ids, table.block_start.numel(), group, heads.start, len(heads))
+
+
+def _partials(q_THD: Tensor, plan: Plan, heads: range, slots: int) -> tuple[Tensor, Tensor]:
+    """part [heads, tokens, G * K, D] in q's dtype and part_lse [heads, tokens, G * K] for one chunk."""
+    T, _, D = q_THD.shape
+    shape = (len(heads), min(plan.tokens, T), slots)
+    part = common.empty((*shape, D), q_THD.dtype, q_THD.device)
+    return part, common.empty(shape, torch.float32, q_THD.device)

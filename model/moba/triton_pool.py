@@ -1,0 +1,77 @@
+# mypy: allow-untyped-defs
+"""Mean key of every full block, in fp32 arithmetic. Shape legend: triton_common.py."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from model.moba import triton_common as common
+from model.moba.blocks import BlockTable
+
+
+@triton.jit(do_not_specialize=["num_blocks", "num_kv_heads"])
+def _pool_kernel(
+    k_ptr,
+    high_ptr,
+    low_ptr,
+    block_start_ptr,
+    block_len_ptr,
+    block_size,
+    num_blocks,
+    num_kv_heads,
+    ROWS: tl.constexpr,
+    D: tl.constexpr,
+    LOW: tl.constexpr,
+):
+    """Program = (block, key head). A block that is not full gets zeros: nobody may choose it."""
+    head = tl.program_id(0) % num_kv_heads
+    block = tl.program_id(0) // num_kv_heads
+    i = tl.arange(0, ROWS)
+    d = tl.arange(0, D)
+    total = tl.zeros([D], tl.float32)
+    if tl.load(block_len_ptr + block) == block_size:
+        start = tl.load(block_start_ptr + block)
+        for j in tl.range(0, block_size, ROWS):
+            row = (start + j + i).to(tl.int64) * num_kv_heads + head
+            k = tl.load(k_ptr + row[:, None] * D + d[None, :], mask=(j + i < block_size)[:, None], other=0.0)
+            total += tl.sum(k.to(tl.float32), 0)
+    mean = total / block_size
+    out = (head.to(tl.int64) * num_blocks + block) * D + d
+    high = mean.to(high_ptr.dtype.element_ty)
+    tl.store(high_ptr + out, high)
+    if LOW:
+        tl.store(low_ptr + out, (mean - high.to(tl.float32)).to(low_ptr.dtype.element_ty))
+
+
+def block_means(k_THD: Tensor, table: BlockTable) -> tuple[Tensor, Tensor | None]:
+    """fp32 means of the keys of full blocks as a sum of two parts in k's dtype.
+
+    Args:
+        k_THD: [T, Hkv, D] contiguous.
+
+    Returns:
+        high [Hkv, NB, D] and the remainder low [Hkv, NB, D] (None for fp32 keys, where high is the mean).
+        With bf16 the two carry 16 bits of the mean, while q is exact: scores come close to fp32 ones.
+    """
+    Hkv, D = k_THD.shape[1:]
+    NB = table.block_start.numel()
+    high = common.empty((Hkv, NB, D), k_THD.dtype, k_THD.device)
+    low = None if k_THD.dtype == torch.float32 else torch.empty_like(high)
+    _pool_kernel[(NB * Hkv,)](
+        k_THD,
+        high,
+        high if low is None else low,
+        table.block_start,
+        table.block_len,
+        table.block_size,
+        NB,
+        Hkv,
+        ROWS=min(64, common.next_power_of_two(table.block_size)),
+        D=D,
+        LOW=low is not None,
+        num_warps=4,
+    )
+    return high, low
