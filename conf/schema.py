@@ -232,7 +232,7 @@ class LossSuiteConfig:
 @dataclass
 class RulerConfig:
     tasks: list[str] = field(default_factory=lambda: ["niah_single_1", "vt", "fwe"])
-    lengths: list[int] = field(default_factory=lambda: [4096])
+    lengths: list[int] = field(default_factory=list)  # prompt and answer together; empty: the checkpoint's length
     samples: int = 500
     seed: int = 42
     batch: int = 8  # prompts answered at a time
