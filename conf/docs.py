@@ -36,15 +36,16 @@ def walk(cls: type[Any], prefix: str = "") -> Iterator[FieldDoc]:
     """Every leaf key below dataclass `cls`, in the order of the schema."""
     hints = typing.get_type_hints(cls)
     for field in dataclasses.fields(cls):
-        hint, key = hints[field.name], f"{prefix}{field.name}"
+        hint, key = _without_none(hints[field.name]), f"{prefix}{field.name}"
         value_type = typing.get_args(hint)[1] if typing.get_origin(hint) is dict else None
         if dataclasses.is_dataclass(hint):
             yield from walk(typing.cast("type[Any]", hint), f"{key}.")
         elif value_type is not None and dataclasses.is_dataclass(value_type):
             yield from walk(typing.cast("type[Any]", value_type), f"{key}.{ANY_NAME}.")
         else:
-            comment = field_comments().get((cls.__name__, field.name), "")
-            yield FieldDoc(key, _type_text(hint), _default_text(field), comment)
+            owners = (base.__name__ for base in cls.__mro__)
+            comment = next((c for name in owners if (c := field_comments().get((name, field.name)))), "")
+            yield FieldDoc(key, _type_text(hints[field.name]), _default_text(field), comment)
 
 
 def comment_of(cls: type[Any], key: str) -> str:
@@ -67,11 +68,18 @@ def field_comments() -> dict[tuple[str, str], str]:
         if token.type == tokenize.COMMENT
     }
     found: dict[tuple[str, str], str] = {}
-    for node in ast.parse(source).body:
-        for item in node.body if isinstance(node, ast.ClassDef) else []:
+    for node in (node for node in ast.parse(source).body if isinstance(node, ast.ClassDef)):
+        for item in node.body:
             if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name):
-                found[node.name, item.target.id] = comments.get(item.end_lineno or item.lineno, "")  # type: ignore[attr-defined]
+                lines = range(item.lineno, (item.end_lineno or item.lineno) + 1)
+                found[node.name, item.target.id] = " ".join(comments[line] for line in lines if line in comments)
     return found
+
+
+def _without_none(hint: Any) -> Any:
+    """`X` for `Optional[X]` of a dataclass, else the hint itself."""
+    inner = [arg for arg in typing.get_args(hint) if arg is not type(None)]
+    return inner[0] if typing.get_origin(hint) is typing.Union and dataclasses.is_dataclass(inner[0]) else hint
 
 
 def _type_text(hint: Any) -> str:

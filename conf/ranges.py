@@ -44,8 +44,8 @@ CHOICES: dict[tuple[type, str], tuple[str, ...]] = {
     (s.ExportConfig, "dtype"): ("float32", "bfloat16"),
     (s.LossSuiteConfig, "spacing"): ("linear", "log"),
     (s.RulerConfig, "decode"): ("full", "moba"),
-    (s.EvalAttentionConfig, "backend"): ("auto", "reference", "varlen", "triton"),
     (s.EvalAttentionConfig, "kind"): ("trained", "moba", "full"),
+    (s.RulerConfig, "template"): ("base", "meta-chat", "vicuna-chat", "lwm-chat"),
     (s.EvalConfig, "suite"): ("all", "loss", "ruler", "gate"),
     (s.EvalConfig, "device"): ("auto", "cpu", "cuda"),
 }
@@ -101,10 +101,11 @@ RANGES: dict[type, dict[str, Range]] = {
 def check_fields(config: Any) -> None:
     """Raise UserError for the first field of `config`, any schema dataclass, out of bounds."""
     for owner, name, key, value in _fields(config):
-        choices = CHOICES.get((owner, name))
+        line = [cls for cls in owner.__mro__ if dataclasses.is_dataclass(cls)]  # a subclass may say otherwise
+        choices = next((CHOICES[cls, name] for cls in line if (cls, name) in CHOICES), None)
         if choices is not None and value not in choices:
             raise UserError(f"{key}={value}: choose one of {', '.join(choices)}")
-        allowed = RANGES.get(owner, {}).get(name)
+        allowed = next((RANGES[cls][name] for cls in line if name in RANGES.get(cls, {})), None)
         if allowed is not None and value is not None and not allowed.holds(value):
             raise UserError(f"{key}={value}: must be {allowed}")
 

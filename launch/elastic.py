@@ -1,7 +1,7 @@
 """torchrun with an honest exit code: `python -m launch.elastic LOG_DIR <torchrun arguments>`.
 
 torchrun itself exits with 1 whatever happened to its workers. Here a worker's exit code 2 (bad input, already
-told by rank 0) comes through, and any other failure is one line that names the rank and its log.
+told by the worker) comes through, so does 75 (stopped by a signal and saved), and any other failure is one line that names the rank and its log.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from conf.constants import EXIT_USER_ERROR
+from conf.constants import EXIT_REQUEUE, EXIT_USER_ERROR
 from conf.process import follow_parent
 from launch.command import complain
 
@@ -40,17 +40,34 @@ def main(argv: list[str]) -> int:
 
 
 def _explain(error: ChildFailedError, log_dir: Path) -> int:
-    if any(failure.exitcode == EXIT_USER_ERROR for failure in error.failures.values()):
+    codes = {rank: failure.exitcode for rank, failure in error.failures.items()}
+    if EXIT_USER_ERROR in codes.values():
+        if codes.get(0) != EXIT_USER_ERROR:  # rank 0 saw nothing wrong: what was told is in another's log
+            rank = next(rank for rank, code in codes.items() if code == EXIT_USER_ERROR)
+            _relay(_log_of(log_dir, error.failures[rank].local_rank))
         return EXIT_USER_ERROR
+    if EXIT_REQUEUE in codes.values():
+        return EXIT_REQUEUE
     # The first to fall is the cause; -SIGTERM is our own agent ending the others.
     rank, failure = min(error.failures.items(), key=lambda item: (item[1].exitcode == -15, item[1].timestamp))
     how = (
         f"was killed by signal {-failure.exitcode}" if failure.exitcode < 0 else f"exited with {failure.exitcode}"
     )
-    logs = sorted(log_dir.glob(f"*/attempt_*/{failure.local_rank}/stderr.log"), key=os.path.getmtime)
-    where = f"its output is in {logs[-1]}" if logs else "its output is above"
-    complain(f"worker rank {rank} {how}; {where}")
+    log = _log_of(log_dir, failure.local_rank)
+    complain(f"worker rank {rank} {how}; its output is {f'in {log}' if log else 'above'}")
     return 1
+
+
+def _log_of(log_dir: Path, local_rank: int) -> Path | None:
+    """The newest log of a rank; None for a rank that writes to the terminal."""
+    logs = sorted(log_dir.glob(f"*/attempt_*/{local_rank}/stderr.log"), key=os.path.getmtime)
+    return logs[-1] if logs else None
+
+
+def _relay(log: Path | None) -> None:
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines() if log else []
+    for line in [line for line in lines if line.startswith("error:")][:1]:
+        print(line, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":
