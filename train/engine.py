@@ -1,0 +1,131 @@
+"""Typed configuration -> DeepSpeed. One code path for CPU (gloo) and GPU (NCCL).
+
+DeepSpeed sees `world` plain data-parallel ranks and averages gradients over them; `train.loop` puts the token
+normalisation into the loss scale, so every ZeRO stage computes the gradient of the same global mean.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+from typing import Any, TypeAlias
+
+import torch
+from torch import nn
+
+from conf.errors import UserError
+from conf.schema import OptimConfig, TrainConfig
+from train.mesh import COLLECTIVE_TIMEOUT, Mesh, build_mesh
+from train.optim import build_adamw
+
+DeepSpeedEngine: TypeAlias = Any  # deepspeed.DeepSpeedEngine: imported where it is used, and untyped
+
+
+def init_distributed(sequence_parallel: int) -> Mesh:
+    """Join the process group torchrun describes in the environment; groups and device of this rank."""
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed prints a warning about its guess
+    import deepspeed
+    from deepspeed.accelerator import get_accelerator
+
+    accelerator = get_accelerator()
+    if accelerator.device_name() == "cpu":
+        # Otherwise the first start on any machine compiles C++ for about 80 s, for an operator we never use,
+        # and fails where there is no compiler.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        device = torch.device("cpu")
+    else:
+        index = int(os.environ.get("LOCAL_RANK", "0"))
+        accelerator.set_device(index)
+        device = torch.device(accelerator.device_name(index))
+    deepspeed.init_distributed(
+        dist_backend=accelerator.communication_backend_name() if device.type != "cpu" else "gloo",
+        auto_mpi_discovery=False,
+        timeout=COLLECTIVE_TIMEOUT,
+        verbose=False,
+    )
+    return build_mesh(sequence_parallel, device)
+
+
+def micro_batches_per_step(global_batch: int, micro_batch: int, dp_world: int) -> int:
+    """Micro-batches each rank accumulates per optimizer step."""
+    count, rest = divmod(global_batch, micro_batch * dp_world)
+    if rest or not count:
+        rows = f"micro_batch={micro_batch} x {dp_world} data-parallel ranks"
+        raise UserError(f"global_batch={global_batch} is no multiple of {rows}: use a multiple of both")
+    return count
+
+
+def deepspeed_config(config: TrainConfig, micro_batch: int, accumulation: int, numel: int) -> dict[str, Any]:
+    """The DeepSpeed configuration of a run; `numel` is the model's parameter count."""
+    stage, precision = config.engine.zero_stage, config.engine.precision
+    if precision == "bf16" and stage == 0:
+        # DeepSpeed would pick another optimizer, which takes a hidden step on zero gradients at the start.
+        raise ValueError("engine.precision=bf16 needs engine.zero_stage 1, 2 or 3 (1 does no harm on one rank)")
+    ds: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": micro_batch,
+        "gradient_accumulation_steps": accumulation,
+        "gradient_clipping": config.optim.clip if stage else 0.0,  # stage 0: `clip_and_norm`, which also reports
+        "steps_per_print": 10**9,
+        "wall_clock_breakdown": False,
+        "zero_optimization": {
+            "stage": stage,
+            # The bucket holds at most the model: the default would reserve gigabytes for a small one.
+            "reduce_bucket_size": min(500_000_000, numel),
+        },
+    }
+    if precision == "bf16":
+        # Non-finite gradients are caught from the logged norm, not by a device synchronisation in every step.
+        ds["bf16"] = {"enabled": True, "check_grad_overflow": False}
+        # Micro-batches add up in fp32. bf16 sums lose a gradient that is 1/256 of what is already there.
+        ds["data_types"] = {"grad_accum_dtype": "fp32"}
+    elif precision != "fp32":
+        raise ValueError(f"engine.precision={precision!r} is neither fp32 nor bf16")
+    return ds
+
+
+def build_engine(
+    model: nn.Module, config: TrainConfig, micro_batch: int, accumulation: int, mesh: Mesh
+) -> DeepSpeedEngine:
+    """Wrap `model` (full fp32 weights on the CPU, equal on all ranks) with ZeRO and AdamW.
+
+    The weights become the master weights bit for bit; in bf16 the caller restores them with
+    `train.state.put_weights`, since DeepSpeed rounds before it copies.
+    """
+    import deepspeed
+
+    # Large models will be built on the meta device and filled shard by shard; that belongs here, before
+    # `initialize`, under `deepspeed.zero.Init` for stage 3.
+    numel = sum(p.numel() for p in model.parameters())
+    with contextlib.redirect_stdout(io.StringIO()):  # one of its optimizers prints memory tables unasked
+        engine, *_ = deepspeed.initialize(
+            model=model,
+            optimizer=build_adamw(model, config.optim, mesh.device),
+            config=deepspeed_config(config, micro_batch, accumulation, numel),
+            dist_init_required=False,
+        )
+    return engine
+
+
+def set_lr(engine: DeepSpeedEngine, lr: float) -> None:
+    """Learning rate of the next optimizer step, in every group."""
+    for group in engine.optimizer.param_groups:
+        group["lr"] = lr
+
+
+def clip_and_norm(engine: DeepSpeedEngine, config: OptimConfig) -> torch.Tensor | None:
+    """ZeRO stage 0 only, between the last backward and the step: clip, and return the norm before clipping.
+
+    The other stages clip inside DeepSpeed's step; for them this returns None and `grad_norm` has the value.
+    """
+    if engine.zero_optimization_stage() > 0:
+        return None
+    limit = config.clip or float("inf")
+    return torch.nn.utils.clip_grad_norm_(engine.module.parameters(), limit)
+
+
+def grad_norm(engine: DeepSpeedEngine, own: torch.Tensor | None) -> torch.Tensor:
+    """Global gradient norm before clipping, fp32 scalar on the device; `own` is `clip_and_norm`'s answer."""
+    norm = engine.get_global_grad_norm() if own is None else own
+    return torch.as_tensor(norm, dtype=torch.float32, device=engine.device).reshape(())

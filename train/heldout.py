@@ -1,0 +1,64 @@
+"""Held-out loss during training: deterministic batches, dealt out to the ranks, sums reduced."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from conf.constants import IGNORE_INDEX
+from conf.schema import StageConfig
+from data.batch import Batch
+from data.loader import heldout_batches
+from data.store import TokenStore
+from eval.loss import sum_losses
+from model.schedule import LayerPlan
+from train.engine import DeepSpeedEngine
+from train.mesh import Mesh
+from train.metrics import Row
+
+
+def share(batches: Sequence[Batch], rank: int, world: int) -> list[Batch]:
+    """Every `world`-th batch. All ranks get the same number, filled up with batches without any label:
+    under ZeRO-3 each forward is collective."""
+    mine = list(batches[rank::world])
+    if len(mine) < -(-len(batches) // world):
+        blank = batches[-1]
+        mine.append(replace(blank, labels=torch.full_like(blank.labels, IGNORE_INDEX)))
+    return mine
+
+
+class Heldout:
+    """Held-out documents of the stage's domains, packed to its length; `tokens` of them in all."""
+
+    def __init__(self, stores: Sequence[TokenStore], stage: StageConfig, tokens: int, mesh: Mesh) -> None:
+        each = max(tokens // len(stores), stage.seq_len)
+        batches = [b for store in stores for b in heldout_batches(store, stage.seq_len, each, stage.micro_batch)]
+        self._mine = share(batches, mesh.dp_rank, mesh.dp_world) if batches else []
+        self._seq_len, self._mesh = stage.seq_len, mesh
+
+    def evaluate(self, engine: DeepSpeedEngine, plans: tuple[LayerPlan, ...]) -> Row:
+        """Mean loss in nats per token under `plans`, and the tokens behind it. Collective.
+
+        Without held-out documents the loss is None.
+        """
+        engine.eval()
+        sums = sum_losses(
+            engine.module,
+            self._mine,
+            {"now": plans},
+            bucket=self._seq_len,
+            trailing=max(1, self._seq_len // 16),
+            seq_len=self._seq_len,
+            device=self._mesh.device,
+        )["now"]
+        engine.train()
+        dist.all_reduce(sums.table)
+        report = sums.report()
+        row: dict[str, Any] = {"heldout_loss": report.heldout.loss, "heldout_tokens": report.heldout.tokens}
+        if report.trailing.tokens:
+            row |= {"trailing_loss": report.trailing.loss, "trailing_tokens": report.trailing.tokens}
+        return row

@@ -1,0 +1,166 @@
+"""The training loop. One optimizer step is `train_step`; everything around it is `fit`.
+
+Loss = sum over tokens / valid tokens of the whole global batch (data parallel x accumulation). DeepSpeed
+averages gradients over `world` ranks, so each micro-batch's summed loss is scaled by world / N_global.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from conf.constants import EXIT_REQUEUE
+from conf.schema import StageConfig, TrainConfig
+from data.batch import Batch
+from model.schedule import LayerPlan, describe, plan
+from train.engine import DeepSpeedEngine, clip_and_norm, grad_norm, set_lr
+from train.mesh import Mesh
+from train.metrics import MetricsLog, Row
+from train.optim import lr_at
+from train.pending import PendingRow, Stopwatch
+from train.signals import StopSignal
+from train.state import TrainState
+
+Plans = tuple[LayerPlan, ...]
+TRAILING_SHARE = 16  # the trailing loss of a step is taken over the last sixteenth of full-length documents
+
+
+@dataclass
+class Run:
+    """What `fit` works on: one stage of one run, built by `train.run`."""
+
+    config: TrainConfig
+    stage: StageConfig
+    engine: DeepSpeedEngine
+    mesh: Mesh
+    state: TrainState
+    batches: Iterator[tuple[list[Batch], dict[str, Any]]]
+    metrics: MetricsLog
+    stop: StopSignal
+    evaluate: Callable[[Plans], Row]  # held-out loss; collective
+    save: Callable[[], None]  # checkpoint of `state`; collective
+
+
+def fit(run: Run) -> int:
+    """Train to the end of the stage, to `max_steps`, or until asked to stop. Returns the exit code.
+
+    The row of a step is read from the device while the next step runs, so the loop never waits for its own
+    kernels; whether to stop travels the same way, and so all ranks stop at the same step.
+    """
+    state, config = run.state, run.config
+    tokens_per_step = run.stage.global_batch * run.stage.seq_len
+    plans = current_plans(run)
+    pending: PendingRow | None = None
+    run.metrics.say(f"[{state.stage}] attention: {describe(plans)}")
+    if state.step == 0:
+        evaluate(run, plans)
+    while not (state.stage_done or at_limit(run)):
+        timer = Stopwatch(run.mesh.device)
+        plans = announce_change(run, plans, current_plans(run))
+        lr = lr_at(run.stage.lr, state.stage_tokens + tokens_per_step, run.stage.tokens)
+        micro_batches, loader_state = next(run.batches)
+        sums = train_step(run, micro_batches, plans, lr)
+        timer.stop()
+        advance(state, tokens_per_step, run.stage.tokens, loader_state)
+        before, pending = pending, PendingRow(sums, describe_step(run, lr, plans), timer, tokens_per_step)
+        stop = before is not None and before.finish(run.metrics)
+        eval_due = state.stage_done or _every(state.step, config.eval.every)
+        save_due = state.stage_done or at_limit(run) or _every(state.step, config.checkpoint.every)
+        if stop or eval_due or save_due:
+            stop = pending.finish(run.metrics) or stop
+            pending = None
+        if eval_due:
+            evaluate(run, plans)
+        if save_due or stop:
+            run.save()
+        if stop:
+            run.metrics.say(f"[{state.stage}] step {state.step}: stopped by a signal, saved")
+            return EXIT_REQUEUE
+    return 0
+
+
+def train_step(run: Run, micro_batches: list[Batch], plans: Plans, lr: float) -> Tensor:
+    """One optimizer step on this rank's micro-batches of the global batch.
+
+    Returns:
+        float64 [6] on the device, summed over ranks: loss sum, valid tokens, trailing loss sum, trailing
+        tokens, ranks asked to stop; and the gradient norm before clipping.
+    """
+    engine, mesh = run.engine, run.mesh
+    num_valid = torch.tensor(sum(batch.num_valid for batch in micro_batches), dtype=torch.int64)
+    num_valid = num_valid.to(mesh.device, non_blocking=True)
+    dist.all_reduce(num_valid)
+    scale = mesh.world / num_valid.clamp(min=1)
+    sums = torch.zeros(5, dtype=torch.float64, device=mesh.device)
+    sums[4] = float(run.stop.requested)
+    set_lr(engine, lr)
+    own_norm = None
+    for index, batch in enumerate(micro_batches, start=1):
+        batch = batch.to(mesh.device)
+        out = engine(
+            input_ids=batch.input_ids,
+            labels=batch.labels,
+            positions=batch.positions,
+            cu_seqlens=batch.cu_seqlens,
+            max_seqlen=batch.max_seqlen,
+            plans=plans,
+            trailing=run.stage.seq_len // TRAILING_SHARE,
+        )
+        engine.backward(out.loss_sum * scale, scale_wrt_gas=False)
+        sums[:4] += torch.stack([value.detach().double() for value in out])
+        if index == len(micro_batches):
+            own_norm = clip_and_norm(engine, run.config.optim)
+        engine.step()  # updates at the accumulation boundary, counts micro-batches before it
+    dist.all_reduce(sums)
+    return torch.cat([sums, grad_norm(engine, own_norm).double().reshape(1)])
+
+
+def describe_step(run: Run, lr: float, plans: Plans) -> Row:
+    """What is known of a step without its results."""
+    state = run.state
+    where = {"kind": "train", "step": state.step, "tokens": state.tokens, "stage": state.stage}
+    return where | {"lr": lr, "plan": describe(plans), "seq_len": run.stage.seq_len}
+
+
+def evaluate(run: Run, plans: Plans) -> None:
+    """Held-out loss in the given plan, as a row of its own."""
+    values = run.evaluate(plans)
+    state = run.state
+    where = {"kind": "eval", "step": state.step, "tokens": state.tokens, "stage": state.stage}
+    run.metrics.write(where | values | {"plan": describe(plans), "seq_len": run.stage.seq_len})
+
+
+def current_plans(run: Run) -> Plans:
+    """The plan of the next step, from the share of the stage's tokens seen so far."""
+    num_layers = run.config.model.num_layers
+    return plan(run.stage.attention, num_layers, run.state.stage_tokens / run.stage.tokens)
+
+
+def announce_change(run: Run, old: Plans, new: Plans) -> Plans:
+    if new != old:
+        run.metrics.say(f"[{run.state.stage}] step {run.state.step}: attention {describe(old)} -> {describe(new)}")
+    return new
+
+
+def advance(state: TrainState, tokens: int, stage_total: int, loader_state: dict[str, Any]) -> None:
+    """Count a finished optimizer step."""
+    state.step += 1
+    state.stage_step += 1
+    state.tokens += tokens
+    state.stage_tokens += tokens
+    state.stage_done = state.stage_tokens >= stage_total
+    state.loader = loader_state
+
+
+def at_limit(run: Run) -> bool:
+    limit = run.config.max_steps
+    return limit is not None and run.state.step >= limit
+
+
+def _every(step: int, interval: int) -> bool:
+    return interval > 0 and step % interval == 0

@@ -1,0 +1,71 @@
+"""Which rank does what: data-parallel x sequence-parallel groups over one flat world.
+
+Consecutive ranks form a sequence-parallel group, so that its traffic stays inside a node. DeepSpeed is told
+nothing of it: it sees `world` plain data-parallel ranks, and the loss scale (`train.loop`) does the rest.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+COLLECTIVE_TIMEOUT = timedelta(minutes=30)  # checkpoints of large models are hashed while other ranks wait
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """This rank's place. `world = dp_world * sp_world`; `rank = dp_rank * sp_world + sp_rank`."""
+
+    rank: int
+    world: int
+    sp_world: int
+    device: torch.device
+    sp_group: dist.ProcessGroup | None  # None where a group would hold this rank alone
+
+    @property
+    def dp_rank(self) -> int:
+        return self.rank // self.sp_world
+
+    @property
+    def dp_world(self) -> int:
+        return self.world // self.sp_world
+
+    @property
+    def sp_rank(self) -> int:
+        return self.rank % self.sp_world
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def broadcast(self, value: Any) -> Any:
+        """Rank 0's `value`, a small plain object, on every rank."""
+        box = [value]
+        dist.broadcast_object_list(box, src=0, device=self.device)
+        return box[0]
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's `value`, a small plain object, in rank order, on every rank."""
+        box: list[Any] = [None] * self.world
+        dist.all_gather_object(box, value)
+        return box
+
+    def barrier(self) -> None:
+        dist.barrier()
+
+
+def build_mesh(sequence_parallel: int, device: torch.device) -> Mesh:
+    """Create the groups. Every rank must call this: creating a group is collective for the whole world."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    if world % sequence_parallel:
+        raise ValueError(f"{world} ranks do not divide into sequence-parallel groups of {sequence_parallel}")
+    group = None
+    if sequence_parallel > 1:
+        starts = range(0, world, sequence_parallel)
+        groups = [dist.new_group(list(range(start, start + sequence_parallel))) for start in starts]
+        group = groups[rank // sequence_parallel]
+    return Mesh(rank, world, sequence_parallel, device, group)

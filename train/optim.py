@@ -1,0 +1,64 @@
+"""AdamW's parameter groups, and the learning rate as a pure function of tokens seen in the stage."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from conf.schema import LrConfig, OptimConfig
+
+
+def decays(name: str, param: nn.Parameter) -> bool:
+    """Weight decay applies to matrices: neither to norm gains nor to biases, whatever their shape."""
+    # Under ZeRO-3's own construction a parameter is already cut to pieces; its true shape is `ds_shape`.
+    ndim = len(getattr(param, "ds_shape", param.shape))
+    return ndim >= 2 and not name.endswith("bias") and "norm" not in name.rsplit(".", 2)[-2]
+
+
+def parameter_groups(named: Iterable[tuple[str, nn.Parameter]], weight_decay: float) -> list[dict[str, Any]]:
+    """Two groups, decayed and not; an empty one is left out (DeepSpeed cannot flatten it)."""
+    groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
+    for name, param in named:
+        if param.requires_grad:
+            groups[decays(name, param)].append(param)
+    return [
+        {"params": params, "weight_decay": weight_decay if decayed else 0.0}
+        for decayed, params in groups.items()
+        if params
+    ]
+
+
+def build_adamw(model: nn.Module, config: OptimConfig, device: torch.device) -> torch.optim.AdamW:
+    """PyTorch's own AdamW (DeepSpeed's would compile C++ at start). The rate is set before every step."""
+    return torch.optim.AdamW(
+        parameter_groups(model.named_parameters(), config.weight_decay),
+        lr=0.0,
+        betas=(config.beta1, config.beta2),
+        eps=config.eps,
+        fused=device.type == "cuda",
+    )
+
+
+def lr_at(config: LrConfig, tokens: int, total: int) -> float:
+    """Learning rate of the step that brings the stage to `tokens` of `total`.
+
+    Counting the step's own tokens means that the first step is not wasted on rate 0, and that the last one runs
+    exactly at `peak * min_ratio`.
+    """
+    fraction = min(tokens / total, 1.0)
+    if fraction < config.warmup:
+        return config.peak * fraction / config.warmup
+    if config.schedule == "constant":
+        return config.peak
+    progress = (fraction - config.warmup) / (1.0 - config.warmup) if config.warmup < 1.0 else 0.0
+    if config.schedule == "cosine":
+        shape = 0.5 * (1.0 + math.cos(math.pi * progress))
+    elif config.schedule == "linear":
+        shape = 1.0 - progress
+    else:
+        raise ValueError(f"lr.schedule={config.schedule!r} is none of cosine, linear, constant")
+    return config.peak * (config.min_ratio + (1.0 - config.min_ratio) * shape)

@@ -1,0 +1,72 @@
+"""The metrics of a step whose numbers may still be on their way from the device."""
+
+from __future__ import annotations
+
+import math
+import time
+
+import torch
+from torch import Tensor
+
+from train.metrics import MetricsLog, Row
+
+
+class Stopwatch:
+    """Seconds between construction and `stop` as the device sees them; on a GPU measured in its own queue."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._events: tuple[torch.cuda.Event, torch.cuda.Event] | None = None
+        if device.type == "cuda":
+            self._events = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            self._events[0].record()
+        self._times = [time.perf_counter()]
+
+    def stop(self) -> None:
+        if self._events is not None:
+            self._events[1].record()
+        self._times.append(time.perf_counter())
+
+    def seconds(self) -> float:
+        """Call when the device has passed `stop`."""
+        if self._events is not None:
+            return self._events[0].elapsed_time(self._events[1]) / 1000
+        return self._times[1] - self._times[0]
+
+
+class PendingRow:
+    """Holds `train_step`'s sums; `finish` is called while the next step runs.
+
+    Args:
+        sums: float64 [6] on the device, as returned by `train.loop.train_step`.
+        row: what is known of the step already.
+        timer: stopped.
+        tokens: of the step.
+    """
+
+    def __init__(self, sums: Tensor, row: Row, timer: Stopwatch, tokens: int) -> None:
+        self._row, self._timer, self._tokens = row, timer, tokens
+        self._host = sums
+        self._copied: torch.cuda.Event | None = None
+        if sums.is_cuda:
+            self._host = torch.empty_like(sums, device="cpu", pin_memory=True)
+            self._host.copy_(sums, non_blocking=True)
+            self._copied = torch.cuda.Event()
+            self._copied.record()
+
+    def finish(self, metrics: MetricsLog) -> bool:
+        """Wait for the numbers, write the row, and tell (every rank alike) whether a stop was asked for.
+
+        Raises:
+            FloatingPointError: loss or gradient norm is not finite. Nothing is saved after it.
+        """
+        if self._copied is not None:
+            self._copied.synchronize()
+        loss_sum, num_valid, trailing_sum, num_trailing, stop, norm = self._host.tolist()
+        row = self._row | {"loss": loss_sum / max(num_valid, 1), "grad_norm": norm, "valid_tokens": int(num_valid)}
+        row["tokens_per_s"] = self._tokens / self._timer.seconds()
+        if num_trailing:
+            row |= {"trailing_loss": trailing_sum / num_trailing, "trailing_tokens": int(num_trailing)}
+        if not (math.isfinite(row["loss"]) and math.isfinite(norm)):
+            raise FloatingPointError(f"step {row['step']}: loss {row['loss']}, gradient norm {norm}; not saved")
+        metrics.write(row)
+        return bool(stop > 0)
