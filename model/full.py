@@ -56,9 +56,7 @@ def full_attention(
     num_tokens, num_docs = q_THD.shape[0], cu_seqlens.numel() - 1
     scale = 1 / math.sqrt(q_THD.shape[-1]) if softmax_scale is None else softmax_scale
     if num_docs * max_seqlen < num_tokens:
-        raise ValueError(
-            f"max_seqlen={max_seqlen}: some of the {num_docs} documents of {num_tokens} tokens are longer; pass the longest"
-        )
+        raise ValueError(f"max_seqlen={max_seqlen}: longer documents among the {num_docs} in {num_tokens} tokens")
     if num_docs * max_seqlen == num_tokens or num_docs == 1:  # then every document has the same length
         return _sdpa(q_THD, k_THD, v_THD, num_docs, scale)
     kernels = flash.find(q_THD)

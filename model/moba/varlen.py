@@ -26,7 +26,7 @@ from model.moba.blocks import BlockTable, full_block_rows
 from model.moba.choose import accumulate_dtype, choose
 
 WORKSPACE_BYTES = {"cpu": 256 << 20, "cuda": 1 << 30}  # parts of one chunk of queries before they are merged
-TILE_BYTES = {"cpu": 2 << 20, "cuda": 256 << 20}  # scores and operands of one batched product; CPU: cache-sized
+TILE_BYTES = {"cpu": 8 << 20, "cuda": 256 << 20}  # scores and operands of one batched product; CPU: cache-sized
 
 
 def attend(
