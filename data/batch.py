@@ -5,6 +5,7 @@ Shape legend: R rows, S seq_len, N documents (or pieces of documents) in the mic
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,8 +13,6 @@ import torch
 from torch import Tensor
 
 from conf.constants import IGNORE_INDEX
-
-
 
 
 @dataclass(frozen=True)
@@ -43,10 +42,16 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """Copy to `device`; asynchronous where the source is pinned."""
-        return Batch(
-            *(t.to(device, non_blocking=True) for t in (self.input_ids, self.labels, self.positions, self.cu_seqlens)),
-            max_seqlen=self.max_seqlen,
-        )
+        return self._map(lambda t: t.to(device, non_blocking=True))
+
+    def pin_memory(self) -> Batch:
+        """A page-locked copy, from which `to` is asynchronous. Needs CUDA."""
+        return self._map(lambda t: t.pin_memory())
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        tensors = (self.input_ids, self.labels, self.positions, self.cu_seqlens)
+        input_ids, labels, positions, cu_seqlens = (change(t) for t in tensors)
+        return Batch(input_ids, labels, positions, cu_seqlens, self.max_seqlen)
 
 
 def cu_seqlens_of(positions: np.ndarray) -> tuple[np.ndarray, int]:

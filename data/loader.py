@@ -1,0 +1,194 @@
+"""Batches of a rank, with the state to resume behind each of them; and batches for evaluation."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import queue
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+
+from conf.errors import UserError
+from conf.schema import StageConfig
+from data.batch import Batch, cu_seqlens_of
+from data.packing import ConcatPacking, Row
+from data.source import StageSource
+from data.store import TokenStore
+
+LoaderState = dict[str, Any]
+"""Plain JSON: {"stage_step": steps done, "fingerprint": sha256 of the identity, "identity": its parts}."""
+
+T = TypeVar("T")
+
+
+class TrainLoader:
+    """Iterates over the optimizer steps of a stage: `(micro-batches of this rank, state after the step)`.
+
+    Step t consists of samples [t * global_batch, (t + 1) * global_batch); rank r takes the r-th equal slice of
+    them, in order, cut into micro-batches. World size and micro-batch size decide who computes a row, never
+    which rows a step has. A background thread works `prefetch` steps ahead.
+    """
+
+    def __init__(
+        self,
+        stage: StageConfig,
+        sets: Mapping[str, TokenStore],
+        *,
+        seed: int,
+        dp_rank: int,
+        dp_world: int,
+        start_step: int = 0,
+        name: str = "stage",
+        prefetch: int = 2,
+        pin_memory: bool = False,
+    ) -> None:
+        """
+        Args:
+            name: of the stage; part of the key of its random order.
+            start_step: steps of the stage already done (`state["stage_step"]`).
+            prefetch: steps prepared ahead; 0: no thread.
+            pin_memory: page-lock the batches, so that `Batch.to` is asynchronous (needs CUDA).
+        Raises:
+            UserError: the global batch cannot be shared evenly, or see `data.source.StageSource`.
+        """
+        if stage.global_batch % (dp_world * stage.micro_batch):
+            raise UserError(
+                f"global_batch={stage.global_batch} is no multiple of micro_batch={stage.micro_batch} x "
+                f"{dp_world} data-parallel ranks; {dp_world * stage.micro_batch} or a multiple would fit"
+            )
+        self.num_steps = stage.tokens // (stage.seq_len * stage.global_batch)
+        self.source = StageSource(stage, sets, seed, name)
+        self.fingerprint = hashlib.sha256(json.dumps(self.source.identity, sort_keys=True).encode()).hexdigest()
+        self._global_batch, self._micro_batch = stage.global_batch, stage.micro_batch
+        self._rows = stage.global_batch // dp_world
+        self._first = dp_rank * self._rows
+        self._start, self._prefetch, self._pin = start_step, prefetch, pin_memory
+
+    def __len__(self) -> int:
+        """Steps that remain."""
+        return max(self.num_steps - self._start, 0)
+
+    def __iter__(self) -> Iterator[tuple[list[Batch], LoaderState]]:
+        """Steps from `start_step` to the end of the stage. Leaving the loop early stops the thread."""
+        steps = range(self._start, self.num_steps)
+        if self._prefetch == 0:
+            return ((self.step(t), self.state(t + 1)) for t in steps)
+        return prefetched(lambda t: (self.step(t), self.state(t + 1)), steps, self._prefetch)
+
+    def step(self, t: int) -> list[Batch]:
+        """This rank's micro-batches of step `t`, by arithmetic."""
+        first = t * self._global_batch + self._first
+        batches = []
+        for start in range(first, first + self._rows, self._micro_batch):
+            batch = collate([self.source.row(i) for i in range(start, start + self._micro_batch)])
+            batches.append(batch.pin_memory() if self._pin else batch)
+        return batches
+
+    def state(self, stage_step: int) -> LoaderState:
+        """What a checkpoint keeps after `stage_step` steps. Its size does not depend on progress."""
+        return {"stage_step": stage_step, "fingerprint": self.fingerprint, "identity": self.source.identity}
+
+    def check_state(self, state: LoaderState) -> None:
+        """UserError, naming each difference, if `state` belongs to another stream of tokens than this loader's."""
+        if state.get("fingerprint") == self.fingerprint:
+            return
+        before, now = _flat(state.get("identity", {})), _flat(self.source.identity)
+        differ = [
+            f"{key} was {before.get(key, 'absent')}, is {now.get(key, 'absent')}"
+            for key in sorted(before.keys() | now.keys())
+            if before.get(key) != now.get(key)
+        ]
+        raise UserError(
+            f"the data changed since the checkpoint: {'; '.join(differ) or 'its state is damaged'}; "
+            "restore it, or start a new run"
+        )
+
+
+def heldout_batches(store: TokenStore, seq_len: int, tokens: int, rows_per_batch: int = 1) -> Iterator[Batch]:
+    """The first `tokens` tokens of `store` (rounded up to whole rows, at most all), packed, always the same.
+
+    The last batch may have fewer rows; padding in the last row carries no label.
+    """
+    packing = ConcatPacking(store, seq_len)
+    num_rows = min(-(-tokens // seq_len), packing.num_rows)
+    for start in range(0, num_rows, rows_per_batch):
+        yield collate([packing.row(i) for i in range(start, min(start + rows_per_batch, num_rows))])
+
+
+def long_documents(store: TokenStore, seq_len: int, tokens: int) -> Iterator[Batch]:
+    """One row a batch: the first `seq_len` tokens of a document with at least seq_len + 1, every token labelled.
+
+    Documents in the order of the store until `tokens` tokens are given (rounded up to whole rows) or there is
+    none left; nothing at all if no document is long enough.
+    """
+    long_enough = np.flatnonzero(np.diff(store.offsets) > seq_len)
+    for doc in long_enough[: -(-tokens // seq_len)]:
+        ids = store.doc(int(doc))[: seq_len + 1].astype(np.int64)
+        yield collate([Row(ids[:-1], ids[1:], np.arange(seq_len, dtype=np.int64))])
+
+
+def collate(rows: Sequence[Row]) -> Batch:
+    """Rows [S] to one batch [R, S]."""
+    positions = np.stack([row.positions for row in rows])
+    borders, longest = cu_seqlens_of(positions)
+    return Batch(
+        input_ids=torch.from_numpy(np.stack([row.input_ids for row in rows])),
+        labels=torch.from_numpy(np.stack([row.labels for row in rows])),
+        positions=torch.from_numpy(positions),
+        cu_seqlens=torch.from_numpy(borders),
+        max_seqlen=longest,
+    )
+
+
+def prefetched(make: Callable[[int], T], steps: range, depth: int) -> Iterator[T]:
+    """`make(t)` for each t in order, computed by a thread at most `depth` ahead.
+
+    An exception of `make` is raised here, at its place in the order. Closing the generator (a `break`, an
+    exception in the loop) stops the thread and waits for it.
+    """
+    ready: queue.Queue[tuple[T | None, BaseException | None]] = queue.Queue(maxsize=depth)
+    stop = threading.Event()
+
+    def put(item: tuple[T | None, BaseException | None]) -> bool:
+        while not stop.is_set():
+            try:
+                ready.put(item, timeout=0.1)
+                return True
+            except queue.Full:
+                continue
+        return False
+
+    def work() -> None:
+        try:
+            for t in steps:
+                if not put((make(t), None)):
+                    return
+        except BaseException as error:  # belongs to the consumer, whatever it is
+            put((None, error))
+
+    thread = threading.Thread(target=work, name="prefetch", daemon=True)
+    thread.start()
+    try:
+        for _ in steps:
+            item, error = ready.get()
+            if error is not None:
+                raise error
+            yield item  # type: ignore[misc]  # no error: it is a T
+    finally:
+        stop.set()
+        thread.join()
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as `a.b` keys."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat

@@ -1,0 +1,113 @@
+"""What row a stage sees at sample i: mixture of domains, epochs and shuffling, all by index arithmetic.
+
+Nothing is counted up and nothing is drawn: sample i depends on (seed, stage, i) alone, so a resume at any
+step, on any number of ranks, costs O(1) and gives the same rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from conf.errors import UserError
+from conf.schema import StageConfig
+from data.packing import ConcatPacking, Row
+from data.shuffle import key_of, permute
+from data.store import TokenStore
+
+_UNIT = 1 << 32  # weights are rounded to multiples of 1 / _UNIT: exact arithmetic, the same on every machine
+
+
+class Mixture:
+    """Which domain sample i comes from, and how many earlier samples came from it.
+
+    Domains are spread evenly, not merely on average: among the first i samples, each of d domains has its share
+    of i within 1 + ln(d) samples. Domains are taken out one after the other, largest first: sample n of what
+    remains belongs to the domain if floor(n * share) grows at n.
+    """
+
+    def __init__(self, weights: Mapping[str, float]) -> None:
+        """`weights`: positive, of any sum. Order does not matter."""
+        self.names = sorted(weights, key=lambda name: (-weights[name], name))
+        total = sum(weights.values())
+        units = {name: max(1, round(weights[name] / total * _UNIT)) for name in self.names}
+        left = sum(units.values())
+        self._shares: list[tuple[int, int]] = []  # of domain k among the domains k, k + 1, ...
+        for name in self.names:
+            self._shares.append((units[name], left))
+            left -= units[name]
+
+    def locate(self, i: int) -> tuple[str, int]:
+        """(name of the domain of sample i, its number within the domain). O(number of domains)."""
+        for name, (unit, left) in zip(self.names, self._shares, strict=True):
+            before = i * unit // left
+            if (i + 1) * unit // left > before:
+                return name, before
+            i -= before
+        raise AssertionError("the last domain takes all that remains")
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a sample is found: row `row` of epoch `epoch` of `domain`."""
+
+    domain: str
+    epoch: int
+    row: int
+
+
+class StageSource:
+    """The rows of one stage, by sample number."""
+
+    def __init__(self, stage: StageConfig, sets: Mapping[str, TokenStore], seed: int, name: str) -> None:
+        """`name`: of the stage; stages with different names see different orders.
+
+        Raises UserError if a domain has no set, a weight is not positive, the packing is unknown, or the sets
+        were made with different tokenizers.
+        """
+        _check(stage, sets)
+        self._seed, self._name = seed, name
+        self.mixture = Mixture(stage.data.domains)
+        self._packed = {domain: ConcatPacking(sets[domain], stage.seq_len) for domain in stage.data.domains}
+        self._sets = {domain: sets[domain] for domain in stage.data.domains}
+        self.identity: dict[str, Any] = {
+            "stage": name,
+            "seed": seed,
+            "seq_len": stage.seq_len,
+            "global_batch": stage.global_batch,
+            "packing": stage.data.packing,
+            "weights": {domain: float(stage.data.domains[domain]) for domain in sorted(self._sets)},
+            "sets": {domain: self._sets[domain].fingerprint for domain in sorted(self._sets)},
+        }
+        """All that decides which tokens sample i has; equal identities give equal streams."""
+
+    def locate(self, i: int) -> Place:
+        """Where sample `i` comes from. O(number of domains), reads nothing."""
+        domain, number = self.mixture.locate(i)
+        epoch, place = divmod(number, self._packed[domain].num_rows)
+        key = key_of(self._seed, self._name, domain, epoch)
+        return Place(domain, epoch, permute(place, self._packed[domain].num_rows, key))
+
+    def row(self, i: int) -> Row:
+        """Sample `i` of the stage."""
+        place = self.locate(i)
+        first_doc = key_of(self._seed, self._name, place.domain, place.epoch, "first")
+        return self._packed[place.domain].row(place.row, first_doc % self._sets[place.domain].num_docs)
+
+
+def _check(stage: StageConfig, sets: Mapping[str, TokenStore]) -> None:
+    domains = stage.data.domains
+    if not domains:
+        raise UserError("data.domains of the stage is empty; name at least one of data.sets with a weight")
+    if stage.data.packing != "concat":
+        raise UserError(f"data.packing={stage.data.packing} is unknown; use concat")
+    for domain, weight in domains.items():
+        if domain not in sets:
+            known = ", ".join(sorted(sets)) or "none"
+            raise UserError(f"data.domains.{domain}: no such set; data.sets has {known}")
+        if not 0 < weight < float("inf"):
+            raise UserError(f"data.domains.{domain}={weight}: must be positive; leave out what is not used")
+    if len({sets[domain].tokenizer_fingerprint for domain in domains}) > 1:
+        names = ", ".join(sorted(domains))
+        raise UserError(f"data.sets {names} were made with different tokenizers; prepare them with one")

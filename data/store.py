@@ -1,0 +1,73 @@
+"""Reading of a prepared set: memory-mapped tokens and documents by number."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import numpy as np
+
+from conf.errors import UserError
+from data.manifest import SPLITS, check_hashes, check_sizes, load_manifest
+
+
+class TokenStore:
+    """Documents of one split. Nothing is read ahead: memory does not grow with the set.
+
+    Documents have a fixed order that is unrelated to their source (see `data.writer`); laid end to end in it
+    they form one stream of `num_tokens` tokens, of which `offsets` are the borders.
+
+    Raises UserError if the folder is no complete set, a file is missing or has the wrong size, or the split
+    is empty.
+    """
+
+    def __init__(self, path: Path, split: str) -> None:
+        if split not in SPLITS:
+            raise ValueError(f"split {split!r} is none of {SPLITS}")
+        self.path, self.split = Path(path), split
+        self.manifest = load_manifest(self.path)
+        check_sizes(self.manifest, self.path)
+        info = self.manifest.splits[split]
+        if info.documents == 0:
+            raise UserError(f"{self.path} has no {split} documents; prepare it with another `heldout` share")
+        self.num_docs, self.num_tokens = info.documents, info.tokens
+        self.vocab_size, self.tokenizer_fingerprint = self.manifest.vocab_size, self.manifest.tokenizer_fingerprint
+        self.offsets: np.ndarray = np.load(self.path / f"{split}-offsets.npy", mmap_mode="r")
+        """int64 [num_docs + 1], borders of the documents in the stream."""
+        self._starts: np.ndarray = np.load(self.path / f"{split}-starts.npy", mmap_mode="r")
+        if len(self.offsets) != self.num_docs + 1 or int(self.offsets[-1]) != self.num_tokens:
+            raise UserError(f"{self.path}/{split}-offsets.npy does not fit the manifest; prepare the set anew")
+        dtype = np.dtype(self.manifest.dtype)
+        self._shards = [np.memmap(self.path / name, dtype=dtype, mode="r") for name in info.shards]
+        self._borders = np.cumsum([0, *info.shards.values()])
+
+    def __len__(self) -> int:
+        return self.num_docs
+
+    def doc_length(self, i: int) -> int:
+        """Tokens of document `i`, its eos included."""
+        return int(self.offsets[i + 1] - self.offsets[i])
+
+    def doc(self, i: int) -> np.ndarray:
+        """Tokens of document `i` as a read-only view, uint16 or uint32 [doc_length(i)]. O(log shards)."""
+        start = int(self._starts[i])
+        shard = int(np.searchsorted(self._borders, start, side="right")) - 1
+        local = start - int(self._borders[shard])
+        return self._shards[shard][local : local + self.doc_length(i)]
+
+    @property
+    def tokenizer_path(self) -> Path:
+        """The Hugging Face tokenizer folder the set was made with."""
+        return self.path / "tokenizer"
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 over the checksums of this split's files and the tokenizer: equal content, equal fingerprint."""
+        files = {n: f.sha256 for n, f in self.manifest.files.items() if n.startswith(f"{self.split}-")}
+        parts = [self.manifest.dtype, self.tokenizer_fingerprint, files]
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+    def verify(self) -> None:
+        """Compare every file with its checksum; UserError names the first that differs. Reads everything."""
+        check_hashes(self.manifest, self.path)
