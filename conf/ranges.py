@@ -35,6 +35,7 @@ CHOICES: dict[tuple[type, str], tuple[str, ...]] = {
     (s.ModelConfig, "family"): ("llama", "mistral", "qwen2", "qwen3"),
     (s.RopeConfig, "kind"): ("default", "linear", "ntk", "llama3", "yarn"),
     (s.AttentionConfig, "kind"): ("full", "moba"),
+    (s.AttentionConfig, "choose"): ("moba", "window", "sink_window"),
     (s.AttentionConfig, "backend"): ("auto", "reference", "varlen", "triton"),
     (s.LrConfig, "schedule"): ("cosine", "linear", "constant"),
     (s.StageDataConfig, "packing"): ("concat",),

@@ -1,7 +1,7 @@
 """torchrun with an honest exit code: `python -m launch.elastic LOG_DIR <torchrun arguments>`.
 
-torchrun itself exits with 1 whatever happened to its workers. Here a worker's exit code 2 (bad input, already
-told by the worker) comes through, so does 75 (stopped by a signal and saved), and any other failure is one line that names the rank and its log.
+torchrun itself exits with 1 whatever happened to its workers. Here a worker's 2 (bad input, told by it) and 75
+(stopped by a signal, saved) come through; any other failure is one line that names the rank and its log.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from conf.schema import TrainConfig
 from conf.validate import validate
 from launch import local
 from launch.command import Command
-from launch.preview import print_plan
+from launch.preview import num_steps, print_plan
 from launch.rundir import check_same, run_lock
 from launch.stages import read_progress, walk
 
@@ -40,7 +40,11 @@ def run(config: TrainConfig) -> int:
         check_same(config, paths)  # again: another start may have held the lock until now
         prepare_data(config)
         save_config(config, paths.config)
-        return walk(config, paths, lambda stage: local.start_stage(config, paths, stage, lock))
+        code = walk(config, paths, lambda stage: local.start_stage(config, paths, stage, lock))
+    if code == 0:
+        total = sum(num_steps(stage) for stage in config.stages.values())
+        print(f"{config.out}: {read_progress(paths).step} of {total} steps done")
+    return code
 
 
 def prepare_data(config: TrainConfig) -> None:
