@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -70,7 +71,7 @@ def test_packing_changes_no_value(family: str, layer_plan: LayerPlan) -> None:
     grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
     borders = batch["cu_seqlens"].tolist()
-    for start, end in zip(borders, borders[1:], strict=False):
+    for start, end in pairwise(borders):
         alone = {key: batch[key].view(1, -1)[:, start:end] for key in ("input_ids", "labels", "positions")}
         ends = torch.tensor([0, end - start], dtype=torch.int32)
         single = model.token_losses(**alone, cu_seqlens=ends, max_seqlen=end - start, plans=plans)
