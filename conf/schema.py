@@ -32,6 +32,7 @@ class ModelConfig:
     tie_embeddings: bool = False
     qkv_bias: bool = False
     qk_norm: bool = False
+    key_conv: int = 0  # causal convolution of keys, kernel 3 or 5 (arXiv 2511.11571); 0: none
     init_std: float = 0.02
 
 
@@ -61,6 +62,7 @@ class AttentionConfig:
     backend: str = "auto"  # auto | reference | varlen | triton
     block_size: int = 512
     topk: int = 3
+    choose: str = "moba"  # moba: the gate | window: topk - 1 blocks before | sink_window: first, topk - 2 before
     full_last_layers: int = 0  # the last n layers stay full
     full_every: int = 0  # every n-th layer stays full; 0: none
     full_layers: list[int] = field(default_factory=list)  # these layers stay full

@@ -57,10 +57,17 @@ def _model(model: ModelConfig) -> None:
             f"model.qk_norm={str(model.qk_norm).lower()} does not go with model.family={model.family}: "
             "family qwen3 has the norm, the others have none"
         )
+    if model.key_conv not in (0, 3, 5):
+        raise UserError(f"model.key_conv={model.key_conv}: the kernel size is 3 or 5, or 0 for no convolution")
 
 
 def _mesh(config: TrainConfig, world_size: int) -> None:
     parallel = config.mesh.sequence_parallel
+    if parallel > 1 and config.model.key_conv:
+        raise UserError(
+            f"mesh.sequence_parallel={parallel} cuts documents where model.key_conv={config.model.key_conv} needs "
+            "their neighbouring keys: use mesh.sequence_parallel=1 or model.key_conv=0"
+        )
     if world_size % parallel:
         fits = [n for n in range(1, world_size + 1) if world_size % n == 0]
         raise UserError(
@@ -169,6 +176,8 @@ def _attention(key: str, attention: AttentionConfig, num_layers: int) -> None:
             f"{key}.full_layers names layer {outside[0]}, model.num_layers={num_layers}: use 0 to {num_layers - 1}"
         )
     steps = [*attention.topk_warmup, attention.topk]
+    if attention.choose == "sink_window" and min(steps) < 2:
+        raise UserError(f"{key}.choose=sink_window needs a topk of at least 2: own block and first block")
     if any(later > earlier for earlier, later in itertools.pairwise(steps)):
         fits = sorted((max(k, attention.topk) for k in attention.topk_warmup), reverse=True)
         raise UserError(

@@ -16,7 +16,7 @@ from conf.paths import CheckpointPaths, RunPaths
 from conf.schema import EvalAttentionConfig, ModelConfig, RopeConfig, TrainConfig
 from data.tokenizer import Tokenizer, load_tokenizer
 from model.hf import moba_settings, read_hf
-from model.schedule import FULL, LayerPlan, full_plans, plan
+from model.schedule import FULL, LayerPlan, check_chooser, full_plans, plan
 from model.transformer import CausalLM
 from model.weights import find_checkpoint, load_weights, read_weights
 
@@ -168,7 +168,7 @@ def compared_plans(source: Source, attention: EvalAttentionConfig) -> dict[str, 
             )
     settings = trained or {"layers": list(range(layers))}
     block_size, topk = attention.block_size or settings["block_size"], attention.topk or settings["topk"]
-    moba = LayerPlan("moba", int(block_size), int(topk))
+    moba = LayerPlan("moba", int(block_size), int(topk), settings.get("choose", "moba"))
     return {**plans, "moba": tuple(moba if layer in settings["layers"] else FULL for layer in range(layers))}
 
 
@@ -201,7 +201,9 @@ def _checked_moba(raw: Any, num_layers: int, path: Path) -> dict[str, Any] | Non
         raise UserError(f"{path / 'config.json'}: the key moba needs block_size, topk and layers") from error
     if block_size < 1 or topk < 1 or not all(0 <= layer < num_layers for layer in layers):
         raise UserError(f"{path / 'config.json'}: moba has a size below 1 or a layer outside 0..{num_layers - 1}")
-    return {"block_size": block_size, "topk": topk, "layers": layers}
+    choose = str(raw.get("choose", "moba"))
+    check_chooser(f"{path / 'config.json'}: moba.choose", choose, topk)
+    return {"block_size": block_size, "topk": topk, "layers": layers, "choose": choose}
 
 
 def _sets(config: TrainConfig, stage: str) -> tuple[tuple[str, Path], ...]:

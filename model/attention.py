@@ -1,4 +1,4 @@
-"""Self-attention of one block: QKV -> qk-norm -> RoPE -> (cache) -> backend -> output projection.
+"""Self-attention of one block: QKV -> (key convolution) -> qk-norm -> RoPE -> (cache) -> backend -> output.
 
 The layer's plan, given with every call, says whether the backend is full attention or MoBA; the weights
 are the same. There are three entrances: packed rows (training and evaluation), prefill, decode.
@@ -11,14 +11,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from conf.schema import ModelConfig
 from model.cache import KVCache
 from model.decode import decode_attention
 from model.full import full_attention
+from model.key_conv import KeyConv
 from model.layers import RMSNorm
-from model.moba import attend_blocks, choose_blocks, moba_attention
+from model.moba import attend_blocks, moba_attention
+from model.moba.choosers import choose
 from model.rope import apply_rope
 from model.schedule import LayerPlan
 from model.shapes import head_dim
@@ -28,12 +31,13 @@ Probe = Callable[[int, Tensor, Tensor, Tensor], None]
 
 
 class Packed(NamedTuple):
-    """What all layers share about the tokens: RoPE tables fp32 [T, D / 2] and document borders."""
+    """What all layers share about the tokens: RoPE tables fp32 [T, D / 2], document borders, positions [T]."""
 
     cos: Tensor
     sin: Tensor
     cu_seqlens: Tensor
     max_seqlen: int
+    positions: Tensor
 
 
 class Attention(nn.Module):
@@ -50,6 +54,8 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(q_out, config.hidden_size, bias=False)
         self.q_norm = RMSNorm(self.head_dim, config.norm_eps) if config.qk_norm else None
         self.k_norm = RMSNorm(self.head_dim, config.norm_eps) if config.qk_norm else None
+        conv = config.key_conv
+        self.key_conv = KeyConv(config.num_kv_heads, self.head_dim, conv) if conv else None
 
     def forward(
         self,
@@ -65,7 +71,7 @@ class Attention(nn.Module):
         With a cache, what its phase says is done: prefill stores keys and values and attends as without a
         cache; decode takes one token per row and attends to what is stored.
         """
-        q, k, v = self._qkv(x, packed)
+        q, k, v = self._qkv(x, packed, cache)
         if cache is not None and cache.phase == "decode":
             cache.append(self.layer, k, v)
             out = decode_attention(q, cache, self.layer, layer_plan)
@@ -75,13 +81,28 @@ class Attention(nn.Module):
             out = self._attend(q, k, v, packed, layer_plan, probe)
         return self.o_proj(out.reshape(*x.shape[:-1], -1))
 
-    def _qkv(self, x: Tensor, packed: Packed) -> tuple[Tensor, Tensor, Tensor]:
+    def _qkv(self, x: Tensor, packed: Packed, cache: KVCache | None) -> tuple[Tensor, Tensor, Tensor]:
         """q [T, H, D] and k, v [T, Hkv, D]; q and k normalised and rotated."""
         heads = (packed.cos.shape[0], -1, self.head_dim)
         q, k, v = self.q_proj(x).view(heads), self.k_proj(x).view(heads), self.v_proj(x).view(heads)
+        if self.key_conv is not None:
+            k = self._convolve(self.key_conv, k, packed, cache)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         return apply_rope(q, packed.cos, packed.sin), apply_rope(k, packed.cos, packed.sin), v
+
+    def _convolve(self, conv: KeyConv, k: Tensor, packed: Packed, cache: KVCache | None) -> Tensor:
+        """The key convolution; in decode, over the keys the cache remembers from before it."""
+        if cache is not None and cache.phase == "decode":
+            window_RWHD = cache.push_raw_key(self.layer, k)
+            rows, width = window_RWHD.shape[:2]
+            place = torch.arange(width, device=k.device).repeat(rows)
+            mixed: Tensor = conv(window_RWHD.flatten(0, 1), place).view_as(window_RWHD)
+            return mixed[:, -1]
+        if cache is not None:
+            cache.store_raw_keys(self.layer, k)
+        out: Tensor = conv(k, packed.positions)
+        return out
 
     def _attend(
         self, q: Tensor, k: Tensor, v: Tensor, packed: Packed, layer_plan: LayerPlan, probe: Probe | None
@@ -89,12 +110,15 @@ class Attention(nn.Module):
         if layer_plan.kind == "full":
             return full_attention(q, k, v, cu_seqlens=packed.cu_seqlens, max_seqlen=packed.max_seqlen)
         block_size, topk, cu_seqlens = layer_plan.block_size, layer_plan.topk, packed.cu_seqlens
-        if probe is None:
+        if probe is None and layer_plan.choose == "moba":
             return moba_attention(
                 q, k, v, block_size=block_size, topk=topk, cu_seqlens=cu_seqlens, backend=self.backend
             )
-        block_ids = choose_blocks(q, k, block_size=block_size, topk=topk, cu_seqlens=cu_seqlens)
-        probe(self.layer, q, k, block_ids)
+        block_ids = choose(
+            layer_plan.choose, q, k, block_size=block_size, topk=topk, cu_seqlens=cu_seqlens, backend=self.backend
+        )
+        if probe is not None:
+            probe(self.layer, q, k, block_ids)
         return attend_blocks(
             q, k, v, block_ids, block_size=block_size, cu_seqlens=cu_seqlens, backend=self.backend
         )

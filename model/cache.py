@@ -49,6 +49,9 @@ class KVCache:
         shape = (len(self.lengths), self.capacity, config.num_kv_heads, head_dim(config))
         self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_layers)]
         self.values = [torch.zeros_like(keys) for keys in self.keys]
+        # Key convolution: the last keys of each row before it, oldest first, zeros before the row's start.
+        tail = (shape[0], max(config.key_conv - 1, 0), *shape[2:])
+        self._raw_keys = [torch.zeros(tail, dtype=dtype, device=device) for _ in range(config.num_layers)]
         self._means: list[_BlockMeans | None] = [None] * config.num_layers
         self._lengths_R = torch.tensor(self.lengths, device=device)
         self._rows_R = torch.arange(len(self.lengths), device=device)
@@ -71,6 +74,23 @@ class KVCache:
             self.keys[layer][row, :length] = k_THD[start : start + length]
             self.values[layer][row, :length] = v_THD[start : start + length]
             start += length
+
+    def store_raw_keys(self, layer: int, k_THD: Tensor) -> None:
+        """Prompts' keys before the key convolution, laid end to end, [T, Hkv, D]: their ends are remembered."""
+        self.require("prefill")
+        tail, start = self._raw_keys[layer], 0
+        for row, length in enumerate(self.lengths):
+            kept = min(length, tail.shape[1])
+            tail[row, tail.shape[1] - kept :] = k_THD[start + length - kept : start + length]
+            start += length
+
+    def push_raw_key(self, layer: int, k_RHD: Tensor) -> Tensor:
+        """One more key per row before the convolution, [R, Hkv, D]; returns the last kernel_size of each row,
+        [R, W, Hkv, D], oldest first."""
+        self.require("decode")
+        window = torch.cat([self._raw_keys[layer], k_RHD[:, None].to(self._raw_keys[layer].dtype)], dim=1)
+        self._raw_keys[layer] = window[:, 1:]
+        return window
 
     def end_prefill(self) -> None:
         """Every layer has stored its prompts: from here on the cache decodes."""

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model.cache import KVCache
+from model.moba.choosers import by_position
 from model.schedule import LayerPlan
 
 
@@ -57,14 +58,26 @@ def _moba(q_RhGD: Tensor, cache: KVCache, layer: int, layer_plan: LayerPlan) -> 
 
 def _choose(q_RhGD: Tensor, cache: KVCache, layer: int, layer_plan: LayerPlan) -> tuple[Tensor, Tensor]:
     """Block numbers within the row, own block first, and which of them count; [R, h, G, topk] each."""
-    means = cache.block_means(layer, layer_plan.block_size)
     own_R = cache.lengths_R // layer_plan.block_size
+    if layer_plan.choose == "moba":
+        past, real = _best_blocks(q_RhGD, cache, layer, layer_plan, own_R)
+    else:
+        num_heads = q_RhGD.shape[1] * q_RhGD.shape[2]
+        ids = by_position(layer_plan.choose, own_R, torch.zeros_like(own_R), num_heads, layer_plan.topk - 1)
+        past, real = ids.clamp(min=0).unflatten(1, q_RhGD.shape[1:3]), (ids >= 0).unflatten(1, q_RhGD.shape[1:3])
+    own = own_R[:, None, None, None].expand(*past.shape[:3], 1)
+    return torch.cat([own, past], -1), torch.cat([torch.ones_like(own, dtype=torch.bool), real], -1)
+
+
+def _best_blocks(
+    q_RhGD: Tensor, cache: KVCache, layer: int, layer_plan: LayerPlan, own_R: Tensor
+) -> tuple[Tensor, Tensor]:
+    """MoBA's gate: the topk - 1 best past blocks and which of them exist, [R, h, G, topk - 1] each."""
+    means = cache.block_means(layer, layer_plan.block_size)
     scores = torch.einsum("rhgd,rnhd->rhgn", q_RhGD.float(), means)
     is_past = torch.arange(means.shape[1], device=means.device) < own_R[:, None]
     scores = scores.masked_fill(~is_past[:, None, None], float("-inf"))
     # Stable: of equal scores the lowest block wins, as in model.moba.
     order = scores.sort(dim=-1, descending=True, stable=True)
     past = order.indices[..., : layer_plan.topk - 1]
-    real = order.values[..., : layer_plan.topk - 1] > float("-inf")
-    own = own_R[:, None, None, None].expand(*past.shape[:3], 1)
-    return torch.cat([own, past], -1), torch.cat([torch.ones_like(own, dtype=torch.bool), real], -1)
+    return past, order.values[..., : layer_plan.topk - 1] > float("-inf")

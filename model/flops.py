@@ -73,7 +73,7 @@ def attended_pairs(seq_len: int, layer_plan: LayerPlan) -> int:
 
 def scored_blocks(seq_len: int, layer_plan: LayerPlan) -> int:
     """(query, past block) scores of one head over one document."""
-    if layer_plan.kind == "full":
+    if layer_plan.kind == "full" or layer_plan.choose != "moba":  # other choosers look at no key
         return 0
     blocks, tail = divmod(seq_len, layer_plan.block_size)
     return blocks * (blocks - 1) // 2 * layer_plan.block_size + blocks * tail

@@ -135,7 +135,8 @@ def moba_settings(config: TrainConfig, stage: str) -> dict[str, Any] | None:
         if attention.kind == "moba":
             plans = plan(replace(attention, full_after=1.0), config.model.num_layers, 1.0)
             layers = [index for index, layer_plan in enumerate(plans) if layer_plan.kind == "moba"]
-            return {"block_size": attention.block_size, "topk": attention.topk, "layers": layers}
+            settings = {"block_size": attention.block_size, "topk": attention.topk, "layers": layers}
+            return settings if attention.choose == "moba" else {**settings, "choose": attention.choose}
     return None
 
 

@@ -99,6 +99,11 @@ def check_family(config: ModelConfig) -> Family:
     family = FAMILIES.get(config.family)
     if family is None:
         raise UserError(f"model.family={config.family} is not known: use one of {', '.join(FAMILIES)}")
+    if config.key_conv:
+        raise UserError(
+            f"model.key_conv={config.key_conv}: a Hugging Face folder cannot carry the key convolution "
+            "(its class has no such weights); the checkpoint keeps them as self_attn.key_conv.weight"
+        )
     if (config.qkv_bias, config.qk_norm) != (family.qkv_bias, family.qk_norm):
         raise UserError(
             f"model.family={config.family} means model.qkv_bias={str(family.qkv_bias).lower()} and "

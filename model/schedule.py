@@ -16,14 +16,19 @@ from conf.schema import AttentionConfig
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """How one layer attends. `block_size` (tokens) and `topk` (own block included) are 0 for `full`."""
+    """How one layer attends. `block_size` (tokens) and `topk` (own block included) are 0 for `full`.
+
+    `choose` names who picks the past blocks (`model.moba.choosers`).
+    """
 
     kind: Literal["full", "moba"]
     block_size: int = 0
     topk: int = 0
+    choose: str = "moba"
 
 
 FULL = LayerPlan("full")
+CHOOSERS = ("moba", "window", "sink_window")
 
 
 def full_plans(num_layers: int) -> tuple[LayerPlan, ...]:
@@ -50,7 +55,8 @@ def plan(attention: AttentionConfig, num_layers: int, fraction: float) -> tuple[
     topk = topk_at(attention, fraction)
     if attention.block_size < 1:
         raise UserError(f"attention.block_size={attention.block_size} must be at least 1")
-    moba = LayerPlan("moba", attention.block_size, topk)
+    check_chooser("attention.choose", attention.choose, topk)
+    moba = LayerPlan("moba", attention.block_size, topk, attention.choose)
     return tuple(FULL if layer in full else moba for layer in range(num_layers))
 
 
@@ -82,6 +88,14 @@ def topk_at(attention: AttentionConfig, fraction: float) -> int:
     return steps[min(int(fraction / attention.topk_warmup_until * len(steps)), len(steps) - 1)]
 
 
+def check_chooser(key: str, name: str, topk: int) -> None:
+    """Refuse an unknown chooser, and sink_window without room for the sink. `key` is the setting to name."""
+    if name not in CHOOSERS:
+        raise UserError(f"{key}={name} is not known: use {', '.join(CHOOSERS)}")
+    if name == "sink_window" and topk < 2:
+        raise UserError(f"{key}=sink_window needs topk >= 2 (own block and first block), not topk={topk}")
+
+
 def describe(plans: tuple[LayerPlan, ...]) -> str:
     """Short text for logs and metrics, such as `0-28 moba 4096x12, 29-31 full` (block size x topk)."""
     parts = []
@@ -95,4 +109,6 @@ def describe(plans: tuple[LayerPlan, ...]) -> str:
 
 
 def _kind_text(layer_plan: LayerPlan) -> str:
-    return "full" if layer_plan.kind == "full" else f"moba {layer_plan.block_size}x{layer_plan.topk}"
+    if layer_plan.kind == "full":
+        return "full"
+    return f"{layer_plan.choose} {layer_plan.block_size}x{layer_plan.topk}"

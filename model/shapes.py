@@ -57,6 +57,8 @@ def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
         layer |= {f"self_attn.{n}_proj.bias": (out,) for n, out in (("q", q_out), ("k", kv_out), ("v", kv_out))}
     if config.qk_norm:
         layer |= {"self_attn.q_norm.weight": (dim,), "self_attn.k_norm.weight": (dim,)}
+    if config.key_conv:
+        layer |= {"self_attn.key_conv.weight": (config.key_conv, config.num_kv_heads, dim)}
     shapes: dict[str, tuple[int, ...]] = {EMBEDDING: (config.vocab_size, hidden)}
     for index in range(config.num_layers):
         shapes |= {f"model.layers.{index}.{name}": shape for name, shape in layer.items()}

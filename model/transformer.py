@@ -67,7 +67,8 @@ class Trunk(nn.Module):
         """int64 ids of any shape, positions of the same shape -> hidden states [..., C]."""
         if len(plans) != len(self.layers):
             raise ValueError(f"{len(plans)} plans for {len(self.layers)} layers")
-        packed = Packed(*self.rotary.tables(positions.reshape(-1)), cu_seqlens, max_seqlen)
+        flat = positions.reshape(-1)
+        packed = Packed(*self.rotary.tables(flat), cu_seqlens, max_seqlen, flat)
         x = self.embed_tokens(input_ids)
         for layer, layer_plan in zip(self.layers, plans, strict=True):
             # By keyword: DeepSpeed's ZeRO-3 hooks warn about positional arguments that are not tensors.
@@ -118,7 +119,7 @@ class CausalLM(nn.Module):
         for name, parameter in self.named_parameters():
             if name.endswith("norm.weight"):
                 parameter.fill_(1.0)
-            elif name.endswith(".bias"):
+            elif name.endswith((".bias", "key_conv.weight")):  # at zero, the convolution changes nothing
                 parameter.zero_()
             else:
                 std = self.config.init_std
