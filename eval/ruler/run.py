@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
@@ -66,6 +67,7 @@ def make_samples(config: RulerConfig, encoder: Encoder, out: Path, progress: Pro
         "template": config.template,
         "tokenizer": encoder.tokenizer.fingerprint,
         "bos": encoder.bos,
+        "words": version("wonderwords"),
     }
     folder = keyed_folder(out / "ruler", "data", facts)
     for length, name in _pairs(config):

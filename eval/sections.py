@@ -1,0 +1,231 @@
+"""The sections of a report, each from the JSON of its suite. What is missing leaves its section out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from eval import page, plots
+from eval.files import write_atomic
+from eval.gate import LayerGate
+from eval.gate_plots import gate_choices, gate_value
+from eval.page import Html
+from eval.style import DARK, LIGHT, Theme
+
+Json = dict[str, Any]
+
+
+class Pictures:
+    """Draws in both themes, keeps the files, returns the element. No picture where there is nothing to draw."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __call__(self, name: str, draw: Callable[[Theme], bytes | None], alt: str, caption: str) -> Html | None:
+        light, dark = draw(LIGHT), draw(DARK)
+        if light is None or dark is None:
+            return None
+        write_atomic(self.folder / f"{name}.png", light)
+        write_atomic(self.folder / f"{name}-dark.png", dark)
+        return page.picture(light, dark, alt, caption)
+
+
+def subtitle(about: Json) -> str:
+    parts = [f"{about['parameters']:,} parameters"] if "parameters" in about else []
+    if about.get("tokens") is not None:
+        parts.append(f"{about['tokens']:,} tokens seen in {about['step']:,} steps")
+    if about.get("stage"):
+        parts.append(f"stage {about['stage']}, {about['seq_len']:,} tokens long")
+    return " · ".join(parts)
+
+
+def mixed(found: list[Json]) -> Html | None:
+    """A warning when the suites were run on different checkpoints."""
+    names = sorted({part["name"] for part in found})
+    if len({part["fingerprint"] for part in found}) < 2:
+        return None
+    return page.paragraph(f"The sections below are of different checkpoints: {', '.join(names)}.", note=True)
+
+
+def _number(value: float | None, digits: int = 4) -> str:
+    return "–" if value is None else f"{value:.{digits}f}"
+
+
+def _estimate(value: Json) -> str:
+    error = "" if value["stderr"] is None else f" ± {value['stderr']:.4f}"
+    return _number(value["loss"]) + error
+
+
+def summary(loss: Json | None, ruler: Json | None, gate: Json | None, metrics: list[Json]) -> Html | None:
+    items: list[tuple[object, object]] = []
+    seen = [row for row in metrics if row.get("kind") == "eval" and row.get("heldout_loss") is not None]
+    if len(seen) > 1:
+        first, last = seen[0], seen[-1]
+        fallen = first["heldout_loss"] - last["heldout_loss"]
+        items.append(
+            (f"−{fallen:.2f}" if fallen >= 0 else f"+{-fallen:.2f}", "nats of held-out loss over the training")
+        )
+    for name, report in (loss or {"plans": {}})["plans"].items():
+        items.append((_number(report["heldout"]["loss"], 3), f"held-out loss, {name} attention"))
+    for name, result in (ruler or {"plans": {}})["plans"].items():
+        items.append((_number(result["mean"], 1), f"RULER mean of {len(result['tasks'])} tasks, {name} attention"))
+    layers = [layer for layer in (gate or {"layers": []})["layers"] if layer["queries"]]
+    if layers:
+        kept = [share for layer in layers for share in layer["mass_kept"]]
+        items.append(
+            (f"{100 * sum(kept) / len(kept):.0f} %", "of full attention's mass lies in the chosen blocks")
+        )
+    return page.tiles(items) if items else None
+
+
+def training(metrics: list[Json], draw: Pictures) -> Html | None:
+    shown = draw(
+        "loss",
+        lambda theme: plots.loss_by_tokens(metrics, theme),
+        "Training and held-out loss by tokens seen",
+        "Bands are stages with their sequence length; dashed lines are changes of the attention plan "
+        "(block size × topk, the own block counted). Held-out points use the plan of their moment.",
+    )
+    return page.section("Training", shown) if shown else None
+
+
+def losses(loss: Json | None, draw: Pictures) -> Html | None:
+    if loss is None:
+        return None
+    plans, trailing = loss["plans"], loss["trailing_tokens"]
+    compared = dict(plans) | ({"difference": loss["difference"]} if loss.get("difference") else {})
+    rows = [
+        (
+            name,
+            _estimate(report["heldout"]),
+            f"{report['heldout']['tokens']:,}",
+            _estimate(report["trailing"]),
+            f"{report['trailing']['tokens']:,}",
+            report["trailing"]["documents"],
+        )
+        for name, report in compared.items()
+    ]
+    head = ("attention", "held-out loss", "tokens", f"trailing loss (last {trailing:,})", "tokens", "documents")
+    short = all(not report["trailing"]["tokens"] for report in plans.values())
+    missing = f"No held-out document has more than {loss['seq_len']:,} tokens: no loss by position."
+    return page.section(
+        "Loss",
+        page.paragraph(
+            f"Nats per token at {loss['seq_len']:,} tokens, the same weights under each attention. Errors are "
+            "standard errors over documents; the difference is paired, so its error is its own. Trailing loss and "
+            "loss by position count only documents that reach the full length."
+        ),
+        page.table(head, rows),
+        page.paragraph(missing, note=True) if short else None,
+        draw(
+            "position",
+            lambda theme: plots.loss_by_position(loss, theme),
+            "Loss by position under full attention and MoBA",
+            "Bands are 95 % intervals over documents. Dotted: power law L(p) = a p^-b, fitted to the buckets.",
+        ),
+        _buckets(compared),
+        _plans_note(loss),
+    )
+
+
+def _buckets(compared: Json) -> Html | None:
+    first = next(iter(compared.values()))
+    if not any(bucket["estimate"]["tokens"] for bucket in first["buckets"]):
+        return None
+    lines = []
+    for i, bucket in enumerate(first["buckets"]):
+        span = f"{bucket['start']:,}–{bucket['end'] - 1:,}"
+        estimates = [_estimate(report["buckets"][i]["estimate"]) for report in compared.values()]
+        lines.append((span, *estimates, f"{bucket['estimate']['tokens']:,}"))
+    return page.join([page.heading("By position"), page.table(("positions", *compared, "tokens"), lines)])
+
+
+def ruler_scores(ruler: Json | None, draw: Pictures) -> Html | None:
+    if ruler is None:
+        return None
+    results = ruler["plans"]
+    first = next(iter(results.values()))
+    lengths = list(first["lengths"])
+    rows = []
+    for name, result in results.items():
+        cells = [result["lengths"][length] for length in lengths]
+        for task in result["tasks"]:
+            rows.append((f"{name} · {task}", *(f"{cell['scores'][task]:.1f}" for cell in cells)))
+        rows.append((f"{name} · mean", *(f"{cell['mean']:.1f}" for cell in cells)))
+    beyond = [f"{int(n):,}" for n in lengths if int(n) > ruler["checkpoint"]["seq_len"]]
+    notes = [f"{first['samples']} samples a task and length (RULER uses 500), greedy, seed {ruler['seed']}."]
+    if not first["all_tasks"]:
+        notes.append(f"The mean is over these {len(first['tasks'])} tasks; RULER's own is over thirteen.")
+    if beyond:
+        notes.append(
+            f"Longer than the checkpoint's {ruler['checkpoint']['seq_len']:,} tokens: {', '.join(beyond)}."
+        )
+    return page.section(
+        "RULER",
+        page.paragraph("Retrieval, tracing and counting in long prompts: share of the answers found, in percent."),
+        page.table(("attention · task", *(f"{int(length):,} tokens" for length in lengths)), rows),
+        draw(
+            "ruler",
+            lambda theme: plots.ruler_heatmap(ruler, theme),
+            "RULER scores by task and prompt length",
+            "Scores by task and prompt length, in percent.",
+        ),
+        page.paragraph(" ".join(notes), note=True),
+    )
+
+
+def gate_choice(gate: Json | None, gates: list[LayerGate], draw: Pictures) -> Html | None:
+    if gate is None or not gate["layers"]:
+        return None
+
+    def mean(values: list[float]) -> str:
+        return f"{100 * sum(values) / len(values):.1f} %" if values else "–"
+
+    rows = [
+        (
+            f"layer {layer['layer']}",
+            *(mean(layer[key]) for key in ("mass_kept", "mass_best", "mass_window", "mass_own")),
+            mean(layer["entropy"]),
+            mean(layer["never"]),
+            "–" if layer["agreement"] is None else f"{100 * layer['agreement']:.1f} %",
+        )
+        for layer in gate["layers"]
+    ]
+    head = ("", "mass kept", "best possible", "nearest", "own block", "entropy", "never chosen", "heads agree")
+    one = gate["layers"][0]
+    return page.section(
+        "Gate",
+        page.paragraph(
+            f"Which blocks of {one['block_size']:,} tokens the queries of one held-out document of "
+            f"{gate['seq_len']:,} tokens choose ({one['topk']} with their own). Mass kept: the share of full "
+            "attention's probability that lies in the chosen blocks, for queries that had to choose."
+        ),
+        draw(
+            "gate",
+            lambda theme: gate_choices(gates, theme),
+            "Frequency of chosen blocks by query block and key block",
+            "Rows are query blocks, columns key blocks. The diagonal is the own block, which is always read.",
+        ),
+        draw(
+            "gate-value",
+            lambda theme: gate_value(gates, theme),
+            "Share of attention mass kept, and distance of the chosen blocks",
+            "Nearest: a sliding window of equal cost. Best possible: the blocks with the most mass.",
+        ),
+        page.table(head, rows),
+    )
+
+
+def _plans_note(part: Json) -> Html:
+    return page.paragraph("; ".join(f"{n}: {text}" for n, text in part["plan_texts"].items()) + ".", note=True)
+
+
+def configuration(about: Json, config: Path) -> Html:
+    rows = [(key.replace("_", " "), value) for key, value in about.get("summary", {}).items()]
+    whole = config.read_text(encoding="utf-8") if config.is_file() else ""
+    return page.section(
+        "Configuration",
+        page.table(("", "value"), rows) if rows else None,
+        page.folded("config.yaml", whole) if whole else None,
+    )

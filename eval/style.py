@@ -1,0 +1,80 @@
+"""Colours of the plots and of the page, once for a light and once for a dark background."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Theme:
+    """A background with what is drawn on it. `full` and `moba` mean the same thing in every picture."""
+
+    name: str
+    paper: str  # of the figure: equal to the page's cards
+    ink: str
+    faint: str  # axes, secondary text
+    grid: str
+    full: str
+    moba: str
+    accent: str
+    bands: tuple[str, str]  # alternating stage backgrounds
+    cells: str  # matplotlib colour map of heat maps
+
+    def of(self, plan: str) -> str:
+        """Colour of a plan: `full`, `moba`, or the accent for anything else."""
+        return {"full": self.full, "moba": self.moba}.get(plan, self.accent)
+
+    def settings(self) -> dict[str, Any]:
+        """For `matplotlib.rc_context`."""
+        return {
+            "figure.facecolor": self.paper,
+            "axes.facecolor": self.paper,
+            "savefig.facecolor": self.paper,
+            "text.color": self.ink,
+            "axes.labelcolor": self.ink,
+            "axes.edgecolor": self.faint,
+            "xtick.color": self.faint,
+            "ytick.color": self.faint,
+            "grid.color": self.grid,
+            "axes.grid": True,
+            "axes.axisbelow": True,
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "axes.titlesize": 11,
+            "axes.titleweight": "bold",
+            "axes.titlelocation": "left",
+            "axes.labelsize": 10,
+            "font.size": 9.5,
+            "font.family": "DejaVu Sans",
+            "legend.frameon": False,
+            "figure.dpi": 110,
+            "savefig.dpi": 150,
+            "text.parse_math": False,  # names are text, whatever they spell
+        }
+
+
+LIGHT = Theme(
+    name="light",
+    paper="#ffffff",
+    ink="#1b2330",
+    faint="#667085",
+    grid="#e8ebf0",
+    full="#2563c9",
+    moba="#d9601a",
+    accent="#5b6472",
+    bands=("#f4f6fa", "#ffffff"),
+    cells="YlGnBu",
+)
+DARK = Theme(
+    name="dark",
+    paper="#171c26",
+    ink="#e6eaf2",
+    faint="#98a2b3",
+    grid="#2a3140",
+    full="#6ea8ff",
+    moba="#ff9a56",
+    accent="#b4bcc9",
+    bands=("#1e2532", "#171c26"),
+    cells="viridis",
+)
