@@ -85,7 +85,8 @@ def _columns(table: BlockTable, t0: int, t1: int) -> tuple[int, int]:
     if table.full_id.device.type != "cpu" or last == 0:
         return 0, last
     ids = table.full_id[:last]
-    return int((ids < table.first_block[t0]).sum()), last
+    earlier = (ids >= 0) & (ids < table.first_block[t0])
+    return int(earlier.sum()), last
 
 
 def _best(score: Tensor, num: int) -> Tensor:
