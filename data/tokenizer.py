@@ -8,9 +8,9 @@ every string: no normalisation, no added or removed whitespace, bytes as a fallb
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import re
-import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -134,39 +134,38 @@ def _train_sentencepiece(counts: Counter[str], vocab_size: int) -> bytes:
 
     # NUL ends a sentence for sentencepiece, U+2581 is its sign for a space: both stay byte tokens.
     words = (f"{word}\t{n}" for word, n in sorted(counts.items()) if "\0" not in word and "\u2581" not in word)
-    with tempfile.TemporaryDirectory() as folder:
-        prefix = Path(folder) / "trained"
-        try:
-            sentencepiece.SentencePieceTrainer.train(
-                sentence_iterator=words,
-                input_format="tsv",  # word, tab, count
-                model_prefix=str(prefix),
-                model_type="bpe",
-                vocab_size=vocab_size,
-                byte_fallback=True,
-                character_coverage=0.9995,
-                max_sentencepiece_length=24,
-                normalization_rule_name="identity",
-                add_dummy_prefix=False,
-                remove_extra_whitespaces=False,
-                allow_whitespace_only_pieces=True,
-                split_by_whitespace=False,  # the words are made above
-                split_by_number=False,
-                split_by_unicode_script=False,
-                num_threads=1,
-                unk_id=0,
-                bos_id=1,
-                eos_id=2,
-                pad_id=-1,
-                minloglevel=2,
-            )
-            blob = prefix.with_suffix(".model").read_bytes()
-        except (RuntimeError, OSError) as error:
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise UserError(
-                f"tokenizer.train_vocab_size={vocab_size} does not suit {sum(counts.values())} words of text "
-                f"({reason}); give more text or another size"
-            ) from error
+    model = io.BytesIO()  # not a file: sentencepiece would write its path into the model
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=words,
+            input_format="tsv",  # word, tab, count
+            model_writer=model,
+            model_type="bpe",
+            vocab_size=vocab_size,
+            byte_fallback=True,
+            character_coverage=0.9995,
+            max_sentencepiece_length=24,
+            normalization_rule_name="identity",
+            add_dummy_prefix=False,
+            remove_extra_whitespaces=False,
+            allow_whitespace_only_pieces=True,
+            split_by_whitespace=False,  # the words are made above
+            split_by_number=False,
+            split_by_unicode_script=False,
+            num_threads=1,
+            unk_id=0,
+            bos_id=1,
+            eos_id=2,
+            pad_id=-1,
+            minloglevel=2,
+        )
+    except RuntimeError as error:
+        reason = str(error).rpartition("] ")[2].strip().rstrip(".") or "no words"
+        raise UserError(
+            f"tokenizer.train_vocab_size={vocab_size} does not suit {sum(counts.values())} words of text "
+            f"({reason}); give more text or another size"
+        ) from error
+    blob = model.getvalue()
     processor = sentencepiece.SentencePieceProcessor(model_proto=blob)
     if processor.vocab_size() != vocab_size:
         raise UserError(
