@@ -37,14 +37,14 @@ class LoopKernels:
         future = torch.ones_like(score, dtype=torch.bool).triu(1) & causal
         return score.masked_fill(future, -torch.inf)
 
-    def forward(self, q, k, v, cu_q, cu_k, max_q, max_k, *, causal, scale): ANN201
+    def forward(self, q, k, v, cu_q, cu_k, max_q, max_k, *, causal, scale):
         out, lse = torch.full_like(q, torch.nan), q.new_full((q.shape[1], q.shape[0]), torch.nan)
         for i, j, h, g in self._each(q, k, cu_q, cu_k, max_q, max_k):
             score = self._score(q[i, h], k[j, g], causal, scale)
             out[i, h], lse[h, i] = score.softmax(-1) @ v[j, g], score.logsumexp(-1)
         return out, lse
 
-    def backward(self, do, q, k, v, out, lse, cu_q, cu_k, max_q, max_k, *, causal, scale): ANN201
+    def backward(self, do, q, k, v, out, lse, cu_q, cu_k, max_q, max_k, *, causal, scale):
         dq, dk, dv = torch.full_like(q, torch.nan), torch.zeros_like(k), torch.zeros_like(v)
         for i, j, h, g in self._each(q, k, cu_q, cu_k, max_q, max_k):
             p = torch.exp(self._score(q[i, h], k[j, g], causal, scale) - lse[h, i, None])
