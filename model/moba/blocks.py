@@ -54,6 +54,10 @@ class BlockTable:
 
 def build_block_table(cu_seqlens: Tensor, num_tokens: int, block_size: int) -> BlockTable:
     """Tables for documents `cu_seqlens` (int32 [N + 1], from 0 to num_tokens). No host synchronisation."""
+    if cu_seqlens.is_cuda:  # some forty small operations would cost as much as the attention of a short row
+        from model.moba import triton_table
+
+        return triton_table.build(cu_seqlens, num_tokens, block_size)
     device, size, num_docs = cu_seqlens.device, block_size, cu_seqlens.numel() - 1
     start, end = cu_seqlens[:-1], cu_seqlens[1:].contiguous()
     first = torch.zeros_like(cu_seqlens)  # id of each document's first block; last entry: number of blocks

@@ -148,14 +148,14 @@ def _merge_kernel(
     dout = tl.load(dout_ptr + at, mask=live[:, None], other=0.0)
     lse = tl.load(lse_ptr + row, mask=live, other=float("inf"))
     delta = tl.load(delta_ptr + row, mask=live, other=0.0)
-    own_start = tl.load(own_start_ptr + token, mask=live, other=0)
+    depth = token - tl.load(own_start_ptr + token, mask=live, other=0)
     last = tl.minimum(first + ROWS, num_tokens) - 1
     dq = tl.zeros([ROWS, D], tl.float32)
     for j in tl.range(tl.load(own_start_ptr + first), last + 1, KEYS):
         k = k_desc.load([j, head * D])
         v = v_desc.load([j, head * D])
-        key = (j + n)[None, :]
-        visible = (key <= token[:, None]) & (key >= own_start[:, None])
+        # own_start <= key <= token in one unsigned comparison
+        visible = (token[:, None] - (j + n)[None, :]).to(tl.uint32) <= depth.to(tl.uint32)[:, None]
         p = tl.exp2(tl.dot(q, k.T, input_precision="ieee") * scale_log2 - lse[:, None])
         ds = tl.where(visible, p, 0.0) * (tl.dot(dout, v.T, input_precision="ieee") - delta[:, None])
         dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")

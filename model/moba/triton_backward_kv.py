@@ -57,6 +57,8 @@ def _dkv_kernel(
     dout_desc,
     k_ptr,
     v_ptr,
+    k_desc,
+    v_desc,
     lse_desc,
     delta_desc,
     list_lse_desc,
@@ -102,10 +104,13 @@ def _dkv_kernel(
         d = tl.arange(0, D)
         r = tl.arange(0, ROWS)
         key = first_key + n
-        at = (key.to(tl.int64) * num_kv_heads + head)[:, None] * D + d[None, :]
-        live_key = (key < end)[:, None]
-        k = tl.load(k_ptr + at, mask=live_key, other=0.0)
-        v = tl.load(v_ptr + at, mask=live_key, other=0.0)
+        if FUSED:  # which of the two loads costs no registers differs
+            at_key = (key.to(tl.int64) * num_kv_heads + head)[:, None] * D + d[None, :]
+            k = tl.load(k_ptr + at_key, mask=(key < end)[:, None], other=0.0)
+            v = tl.load(v_ptr + at_key, mask=(key < end)[:, None], other=0.0)
+        else:  # keys past the block's end come along; nothing of theirs is stored
+            k = k_desc.load([first_key, head * D])
+            v = v_desc.load([first_key, head * D])
         dk = tl.zeros([KEYS, D], tl.float32)
         dv = tl.zeros([KEYS, D], tl.float32)
         if ROUTED:
@@ -121,8 +126,8 @@ def _dkv_kernel(
                 q = tl.load(q_ptr + row[:, None] * D + d[None, :])
                 dout = tl.load(dout_ptr + row[:, None] * D + d[None, :])
                 lse = tl.where(live, list_lse_desc.load([offset + i]), float("inf"))
-                delta = tl.where(live, list_delta_desc.load([offset + i]), 0.0)
-                dk, dv, dst = _gradient_step(q, dout, lse, delta, k, v, live_key, scale_log2, dk, dv, FUSED)
+                delta = list_delta_desc.load([offset + i])  # past the end: other entries or 0, never NaN
+                dk, dv, dst = _gradient_step(q, dout, lse, delta, k, v, (key < end)[:, None], scale_log2, dk, dv, FUSED)
                 if FUSED:
                     dq = tl.dot(dst.T, k, input_precision="ieee")
                     to = local.to(tl.int64) * pairs_per_head + tl.load(pair_ptr + offset + i + r, mask=live, other=0)
@@ -140,8 +145,10 @@ def _dkv_kernel(
             dout = dout_desc.load([first, query_head * D])
             lse = lse_desc.load([query_head * padded_tokens + first])
             delta = delta_desc.load([query_head * padded_tokens + first])
-            visible = (key[:, None] <= token[None, :]) & (token < end)[None, :]
+            visible = key[:, None] <= tl.where(token < end, token, -1)[None, :]
             dk, dv, dst = _gradient_step(q, dout, lse, delta, k, v, visible, scale_log2, dk, dv, True)
+        at = (key.to(tl.int64) * num_kv_heads + head)[:, None] * D + d[None, :]
+        live_key = (key < end)[:, None]
         tl.store(dk_ptr + at, (dk * softmax_scale).to(dk_ptr.dtype.element_ty), mask=live_key)
         tl.store(dv_ptr + at, dv.to(dv_ptr.dtype.element_ty), mask=live_key)
 
@@ -203,6 +210,8 @@ def dkv(
         common.token_rows(dout_THD, tile.rows),
         k_THD,
         v_THD,
+        common.token_rows(k_THD, tile.keys),
+        common.token_rows(v_THD, tile.keys),
         common.vector(sums.lse_HT, tile.rows),
         common.vector(sums.delta_HT, tile.rows),
         common.vector(spare if list_lse is None else list_lse, tile.rows),

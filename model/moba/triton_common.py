@@ -55,7 +55,7 @@ class Tiles:
     merge: Tile
     stationary: bool  # keys of a block stay in shared memory while query rows stream (small blocks)
     stream: int = 1  # row tiles one program of the stationary kernel handles
-    fused: bool = False  # dk, dv and dq partials in one kernel (block_size <= 128)
+    fused: Tile | None = None  # dk, dv and dq partials in one kernel: a tile that covers the block
 
 
 def interpreting() -> bool:
@@ -69,39 +69,34 @@ def tiles_for(head_dim: int, block_size: int, num_blocks: int) -> Tiles:
     whole = next_power_of_two(block_size)
     if interpreting():
         small = Tile(rows=16, keys=min(32, keys), warps=4, stages=1)
+        cover = Tile(rows=16, keys=whole, warps=4, stages=1) if whole <= 32 else None
         return Tiles(
             gate=Tile(rows=32, keys=16, warps=4, stages=1),
-            routed=Tile(rows=16, keys=whole, warps=4, stages=1) if whole <= 32 else small,
+            routed=cover or small,
             combine=small,
             dq=small,
-            dkv=Tile(rows=16, keys=whole, warps=4, stages=1) if whole <= 32 else small,
+            dkv=small,
             merge=small,
-            stationary=whole <= 32,
+            stationary=cover is not None,
             stream=3,
-            fused=whole <= 32,
+            fused=cover,
         )
-    small_blocks = block_size <= 128
-    gate = Tile(rows=128 if num_blocks >= 1024 else 64, keys=64, warps=4, stages=1)
-    if small_blocks:
-        routed = Tile(rows=64, keys=whole, warps=4, stages=3)
-        dkv = Tile(rows=64, keys=whole, warps=8 if whole > 64 else 4, stages=2)
-    else:
-        routed = Tile(rows=128, keys=keys, warps=8, stages=2, max_registers=128)
-        dkv = Tile(rows=64, keys=keys, warps=4, stages=2)
+    covered = block_size <= 128
+    two_per_sm = Tile(rows=128, keys=keys, warps=8, stages=2, max_registers=128)
     if block_size <= 1024:
         dq = Tile(rows=128, keys=min(32, keys), warps=8, stages=3, max_registers=128)
     else:
         dq = Tile(rows=128, keys=keys, warps=8, stages=3)
     return Tiles(
-        gate=gate,
-        routed=routed,
+        gate=Tile(rows=128 if num_blocks >= 1024 else 64, keys=64, warps=4, stages=1),
+        routed=Tile(rows=64, keys=whole, warps=4, stages=3) if covered else two_per_sm,
         combine=Tile(rows=64, keys=keys, warps=4, stages=1, max_registers=128),
         dq=dq,
-        dkv=dkv,
+        dkv=Tile(rows=64, keys=keys, warps=4, stages=2),
         merge=Tile(rows=64, keys=keys, warps=4, stages=2),
-        stationary=small_blocks,
+        stationary=covered,
         stream=16,
-        fused=small_blocks,
+        fused=Tile(rows=64, keys=whole, warps=8 if whole > 64 else 4, stages=2) if covered else None,
     )
 
 

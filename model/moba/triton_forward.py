@@ -21,6 +21,9 @@ from model.moba.blocks import BlockTable
 from model.moba.triton_common import Tile
 from model.moba.triton_lists import Lists, TileTable
 
+# Maximum of a row that has seen nothing yet: finite, so that exp2(-inf - top) is 0 and never inf - inf.
+_LOW = tl.constexpr(-1.0e30)
+
 
 @triton.jit
 def _attend(q, k, v, visible, scale_log2, top, total, out, MASK: tl.constexpr):
@@ -29,12 +32,8 @@ def _attend(q, k, v, visible, scale_log2, top, total, out, MASK: tl.constexpr):
     if MASK:
         score = tl.where(visible, score, float("-inf"))
     new_top = tl.maximum(top, tl.max(score, 1) * scale_log2)
-    if MASK:  # a row that has seen nothing yet: keep exp2 away from inf - inf
-        base = tl.where(new_top == float("-inf"), 0.0, new_top)
-    else:
-        base = new_top
-    p = tl.exp2(score * scale_log2 - base[:, None])
-    decay = tl.exp2(top - base)
+    p = tl.exp2(score * scale_log2 - new_top[:, None])
+    decay = tl.exp2(top - new_top)
     total = total * decay + tl.sum(p, 1)
     out = tl.dot(p.to(v.dtype), v, out * decay[:, None], input_precision="ieee")
     return new_top, total, out
@@ -76,7 +75,7 @@ def _routed_kernel(
         n = tl.arange(0, KEYS)
         row = tl.load(row_ptr + offset + tl.minimum(r, count - 1)).to(tl.int64)
         q = tl.load(q_ptr + row[:, None] * D + d[None, :])
-        top = tl.full([ROWS], float("-inf"), tl.float32)
+        top = tl.full([ROWS], _LOW, tl.float32)
         total = tl.zeros([ROWS], tl.float32)
         out = tl.zeros([ROWS, D], tl.float32)
         column = (first_head + head) * D
@@ -182,7 +181,7 @@ def _combine_kernel(
     n = tl.arange(0, KEYS)
     row = token.to(tl.int64) * H + head * G + g
     q = tl.load(q_ptr + row[:, None] * D + d[None, :], mask=live[:, None], other=0.0)
-    top = tl.full([ROWS], float("-inf"), tl.float32)
+    top = tl.full([ROWS], _LOW, tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     out = tl.zeros([ROWS, D], tl.float32)
 
@@ -193,10 +192,10 @@ def _combine_kernel(
     if tl.load(own_start_ptr + last) == begin:
         plain_end = begin + ((first - begin) // KEYS) * KEYS
     column = head * D
-    own_start = tl.load(own_start_ptr + token, mask=live, other=0)
+    depth = token - tl.load(own_start_ptr + token, mask=live, other=0)
     for j in tl.range(plain_end, last + 1, KEYS, num_stages=1):
-        key = (j + n)[None, :]
-        visible = (key <= token[:, None]) & (key >= own_start[:, None])
+        # own_start <= key <= token in one unsigned comparison
+        visible = (token[:, None] - (j + n)[None, :]).to(tl.uint32) <= depth.to(tl.uint32)[:, None]
         k = k_desc.load([j, column])
         v = v_desc.load([j, column])
         top, total, out = _attend(q, k, v, visible, scale_log2, top, total, out, True)

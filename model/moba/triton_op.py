@@ -152,7 +152,7 @@ def backward_pass(
     dq, dk, dv = (common.empty(tuple(x.shape), x.dtype, x.device) for x in (q_THD, k_THD, v_THD))
     scale_log2 = softmax_scale * common.LOG2E
     inputs = (q_THD, k_THD, v_THD, dout_THD, sums)
-    fused = tiles.fused and plan.tokens >= T
+    fused = tiles.fused if plan.tokens >= T else None  # its partials need all tokens at once
     for heads in plan.head_ranges(Hkv):
         if K == 0:
             merge_dq(*inputs, None, block_ids, table, dq, heads, range(T), softmax_scale, tiles.merge)
@@ -160,11 +160,11 @@ def backward_pass(
             continue
         lists = saved or _lists(block_ids, table, H // Hkv, heads)
         list_lse = common.empty((lists.row.numel(),), torch.float32, q_THD.device)
-        list_delta = torch.empty_like(list_lse)
+        list_delta = torch.zeros_like(list_lse)  # gaps between lists are read, and must be finite
         part, _ = _partials(q_THD, plan, heads, H // Hkv * K)
-        if fused:
+        if fused is not None:
             fill_list_sums(lists, sums, list_lse, list_delta)
-            dkv(*inputs, lists, list_lse, list_delta, part, table, dk, dv, heads, softmax_scale, tiles.dkv)
+            dkv(*inputs, lists, list_lse, list_delta, part, table, dk, dv, heads, softmax_scale, fused)
             merge_dq(*inputs, part, block_ids, table, dq, heads, range(T), softmax_scale, tiles.merge)
             continue
         for tokens in plan.token_ranges(T):
