@@ -16,7 +16,12 @@ KINDS = {
     "ntk": RopeConfig(kind="ntk", factor=8.0),
     "llama3": RopeConfig(kind="llama3", theta=500_000.0, factor=8.0, original_seq_len=8192),
     "llama3_32": RopeConfig(
-        kind="llama3", theta=500_000.0, factor=32.0, original_seq_len=8192, low_freq_factor=2.0, high_freq_factor=8.0
+        kind="llama3",
+        theta=500_000.0,
+        factor=32.0,
+        original_seq_len=8192,
+        low_freq_factor=2.0,
+        high_freq_factor=8.0,
     ),
     "yarn": RopeConfig(kind="yarn", theta=1_000_000.0, factor=4.0, original_seq_len=32_768),
     "yarn_set": RopeConfig(
