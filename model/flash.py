@@ -61,7 +61,10 @@ class PackageKernels:
 
 
 class TorchKernels:
-    """The flash-attention 2 that CUDA builds of torch carry (what `torch.nn.attention.varlen` calls)."""
+    """The flash-attention 2 that CUDA builds of torch carry (what `torch.nn.attention.varlen` calls).
+
+    dq is summed with atomics, hence not bit-equal from run to run, unless `torch.use_deterministic_algorithms(True)`.
+    """
 
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int, *,
