@@ -63,7 +63,7 @@ class PackageKernels:
 class TorchKernels:
     """The flash-attention 2 that CUDA builds of torch carry (what `torch.nn.attention.varlen` calls).
 
-    dq is summed with atomics, hence not bit-equal from run to run, unless `torch.use_deterministic_algorithms(True)`.
+    The last bits of dq vary from run to run (atomics) unless `torch.use_deterministic_algorithms(True)`.
     """
 
     def forward(
