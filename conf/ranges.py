@@ -63,7 +63,7 @@ RANGES: dict[type, dict[str, Range]] = {
         **dict.fromkeys(("vocab_size", "hidden_size", "intermediate_size", "num_layers"), _COUNT),
         **dict.fromkeys(("num_heads", "num_kv_heads"), _COUNT),
         **dict.fromkeys(("norm_eps", "init_std"), _POSITIVE),
-        "head_dim": _ZERO_OR_MORE,
+        **dict.fromkeys(("head_dim", "key_conv"), _ZERO_OR_MORE),
     },
     s.RopeConfig: {
         "theta": Range(1, open_low=True),

@@ -27,8 +27,8 @@ def main(argv: list[str]) -> int:
     from torch.distributed.run import parse_args, run
 
     follow_parent()
-    # Its warnings tell of each worker it ends, in many lines; the summary below says it in one.
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    # This process only watches, and its log tells of each worker it ends: the summary below says it in one line.
+    logging.disable(logging.ERROR)
     log_dir, *arguments = argv
     try:
         run(parse_args(arguments))
