@@ -87,11 +87,8 @@ def _tensor_paths(folder: Path) -> list[Path]:
         return [folder / name for name in sorted(set(names))]
     if (folder / _SINGLE).is_file():
         return [folder / _SINGLE]
-    old = (
-        " (*.bin files are pickles and are not read: save with safe_serialization)"
-        if any(folder.glob("*.bin"))
-        else ""
-    )
+    pickles = any(folder.glob("*.bin"))
+    old = " (*.bin files are pickles and are not read: save with safe_serialization)" if pickles else ""
     raise UserError(f"{folder} holds neither {_SINGLE} nor {_INDEX}{old}")
 
 

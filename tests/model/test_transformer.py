@@ -144,7 +144,7 @@ def test_bf16_model_keeps_rope_and_loss_in_fp32() -> None:
     exact = model(**batch, plans=FULL2)
     half = model.bfloat16()(**batch, plans=FULL2)
     assert half.loss_sum.dtype == torch.float32
-    assert float(half.loss_sum) == pytest.approx(float(exact.loss_sum), rel=2e-2)
+    assert half.loss_sum.item() == pytest.approx(exact.loss_sum.item(), rel=2e-2)
     cos, _ = model.model.rotary.tables(torch.tensor([1_000_003]))
     assert cos.dtype == torch.float32
     assert float(cos[0, 0]) == pytest.approx(float(torch.tensor(1_000_003.0).double().cos()), abs=1e-6)
