@@ -226,8 +226,7 @@ def _own_blocks(
 
 def _fold(x: Tensor, Hkv: int) -> Tensor:
     """[n, B, H, D] -> [n * Hkv, B * G, D]: the heads of one key head become rows."""
-    n, B, H, D = x.shape
-    return x.view(n, B, Hkv, H // Hkv, D).transpose(1, 2).reshape(n * Hkv, B * (H // Hkv), D)
+    return x.unflatten(2, (Hkv, -1)).transpose(1, 2).flatten(2, 3).flatten(0, 1)
 
 
 def _unfold(x: Tensor, Hkv: int, H: int) -> Tensor:
