@@ -266,7 +266,7 @@ class EvalConfig:
     checkpoint: str = MISSING  # run folder, checkpoint or Hugging Face folder
     out: str = MISSING
     suite: str = "all"  # all | loss | ruler | gate
-    data: str = ""  # prepared set; empty: the one the run was trained on
+    dataset: str = ""  # folder of a prepared set; empty: the one the run was trained on
     device: str = "auto"  # auto | cpu | cuda
     attention: EvalAttentionConfig = field(default_factory=EvalAttentionConfig)
     loss: LossSuiteConfig = field(default_factory=LossSuiteConfig)

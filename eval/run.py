@@ -61,11 +61,11 @@ def run(config: EvalConfig) -> dict[str, Any]:
 
 
 def _store(config: EvalConfig, source: Source) -> TokenStore:
-    if config.data:
-        return TokenStore(Path(config.data), "heldout")
+    if config.dataset:
+        return TokenStore(Path(config.dataset), "heldout")
     if not source.data:
         raise UserError(
-            f"{source.path} does not say what it was trained on: set data=FOLDER made by `moba prepare`"
+            f"{source.path} does not say what it was trained on: set dataset=FOLDER made by `moba prepare`"
         )
     return TokenStore(source.data[0][1], "heldout")
 

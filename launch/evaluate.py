@@ -33,7 +33,7 @@ suite=gate: which blocks queries choose.
     examples=(
         "moba eval checkpoint=runs/x out=runs/x",
         "moba eval checkpoint=runs/x out=runs/x suite=ruler ruler.lengths=[2048] ruler.samples=50",
-        "moba eval checkpoint=runs/x/hf out=runs/y data=runs/data/stdlib attention=moba_fine attention.topk=8",
+        "moba eval checkpoint=runs/x/hf out=runs/y dataset=runs/data/stdlib attention=moba_fine attention.topk=8",
     ),
     resolve=resolve,
     run=run,
