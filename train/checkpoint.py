@@ -164,9 +164,12 @@ def _commit(
     write_durably(temporary, paths.manifest.name, json.dumps(manifest, indent=1).encode())
     for folder in (*(path for path in temporary.rglob("*") if path.is_dir()), temporary):
         sync_folder(folder)
-    remove_folder(final)  # only an invalid or identical one can have this name
+    replaced = final.with_name(f".tmp-replaced-{final.name}")
+    if final.exists():  # saved twice at one step: the older copy goes when the newer one stands
+        final.rename(replaced)
     temporary.rename(final)
     sync_folder(final.parent)
+    remove_folder(replaced)
 
 
 def checkpoint_folders(checkpoints: Path) -> list[Path]:

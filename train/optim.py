@@ -13,10 +13,10 @@ from conf.schema import LrConfig, OptimConfig
 
 
 def decays(name: str, param: nn.Parameter) -> bool:
-    """Weight decay applies to matrices: neither to norm gains nor to biases, whatever their shape."""
+    """Weight decay applies to matrices: not to norm gains, biases or convolution kernels."""
     # Under ZeRO-3's own construction a parameter is already cut to pieces; its true shape is `ds_shape`.
     ndim = len(getattr(param, "ds_shape", param.shape))
-    return ndim >= 2 and not name.endswith("bias") and "norm" not in name.rsplit(".", 2)[-2]
+    return ndim == 2 and not name.endswith("bias") and "norm" not in name.rsplit(".", 2)[-2]
 
 
 def parameter_groups(named: Iterable[tuple[str, nn.Parameter]], weight_decay: float) -> list[dict[str, Any]]:

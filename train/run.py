@@ -37,6 +37,8 @@ from train.state import TrainState, put_weights, reset_optimizer
 
 def run_stage(config: TrainConfig, name: str, mesh: Mesh) -> int:
     """Train stage `name` of `config` from wherever the run stands. Returns the exit code."""
+    if mesh.sp_world > 1:  # batches are not cut along the sequence yet: each rank would repeat its neighbour
+        raise UserError(f"mesh.sequence_parallel={mesh.sp_world} cannot train yet: use mesh.sequence_parallel=1")
     paths, stage = RunPaths(Path(config.out)), config.stages[name]
     checkpoint = newest_valid(paths.checkpoints, mesh)
     state = starting_state(None if checkpoint is None else read_state(checkpoint), list(config.stages), name)
