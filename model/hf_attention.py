@@ -190,5 +190,5 @@ def _refuse(
     if kwargs.get("is_causal") is False or getattr(module, "is_causal", True) is False:
         raise UserError(f"{_OPTION} is causal: is_causal=False is not possible")
     for name in _FOREIGN:
-        if kwargs.get(name):
-            raise UserError(f"{_OPTION} has no {name} ({kwargs[name]!r})")
+        if kwargs.get(name) is not None and kwargs[name] is not False:
+            raise UserError(f"{_OPTION} has no {name}")

@@ -95,3 +95,16 @@ def test_lengths_that_do_not_fit() -> None:
         suffix_attention(q[:6], k[:5], v[:5], query_lengths=[6], key_lengths=[5], layer_plan=FULL)
     with pytest.raises(UserError, match="4 queries, 5 keys"):
         suffix_attention(q[:4], k[:5], v[:5], query_lengths=[3], key_lengths=[5], layer_plan=FULL)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("lengths", CHUNKS.values(), ids=CHUNKS.keys())
+@pytest.mark.parametrize("plan", [FULL, LayerPlan("moba", BLOCK, 3)], ids=["full", "moba"])
+def test_gpu_equals_cpu(plan: LayerPlan, lengths: list[int]) -> None:
+    q, k, v = (x.to(torch.bfloat16) for x in inputs())
+    q = q[last(lengths)]
+    rows = {"query_lengths": lengths, "key_lengths": KEYS, "layer_plan": plan}
+    expected = suffix_attention(q.double(), k.double(), v.double(), **rows)  # type: ignore[arg-type]
+    out = suffix_attention(q.cuda(), k.cuda(), v.cuda(), **rows)  # type: ignore[arg-type]
+    torch.testing.assert_close(out.cpu().double(), expected, atol=2e-2, rtol=2e-2)
