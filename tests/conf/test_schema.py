@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from conf import schema
+from conf.compose import group_choices
 from conf.docs import field_comments, walk
 from conf.ranges import CHOICES, RANGES
 from launch.packages import PACKAGES, ROOT
@@ -98,3 +99,10 @@ def test_walk_gives_keys_types_defaults_and_comments() -> None:
     assert docs["max_steps"].type == "int | null"
     assert docs["stages.NAME.attention.full_layers"].type == "list[int]"
     assert docs["dry_run"].default == "false"
+
+
+def test_no_plain_key_has_the_name_of_a_group() -> None:
+    """Hydra would read `key=value` as the choice of a group: the key could not be set."""
+    for root, cls in schema.ROOTS.items():
+        leaves = {doc.key for doc in walk(cls) if "." not in doc.key}
+        assert not leaves & set(group_choices()), root
