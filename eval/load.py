@@ -14,6 +14,7 @@ from conf.errors import UserError
 from conf.load import load_train_config
 from conf.paths import CheckpointPaths, RunPaths
 from conf.schema import EvalAttentionConfig, ModelConfig, RopeConfig, TrainConfig
+from conf.validate import BLOCK_MULTIPLE
 from data.tokenizer import Tokenizer, load_tokenizer
 from model.hf import moba_settings, read_hf
 from model.schedule import FULL, LayerPlan, check_chooser, full_plans, plan
@@ -30,7 +31,7 @@ class Source:
         path: the checkpoint itself, or the Hugging Face folder.
         rope: of the checkpoint's stage.
         seq_len: length of the checkpoint's stage, or `max_position_embeddings` of the folder.
-        moba: block_size, topk and layers of the last MoBA stage; None if there was none.
+        moba: block_size, topk, layers (and choose) of the last MoBA stage; None if there was none.
         data: prepared sets the stage was trained on, heaviest first: (name, folder).
         run: the run folder, if the checkpoint lies in one.
         fingerprint: changes with the weights.
@@ -157,6 +158,7 @@ def compared_plans(source: Source, attention: EvalAttentionConfig) -> dict[str, 
         for key in ("block_size", "topk"):
             if getattr(attention, key) < 1:
                 raise UserError(f"attention.{key}={getattr(attention, key)}: attention.kind=moba needs at least 1")
+        _check_block(attention.block_size)
         return {**plans, "moba": plan(replace(attention, full_after=1.0), layers, 1.0)}
     trained = source.moba
     if trained is None:
@@ -168,8 +170,16 @@ def compared_plans(source: Source, attention: EvalAttentionConfig) -> dict[str, 
             )
     settings = trained or {"layers": list(range(layers))}
     block_size, topk = attention.block_size or settings["block_size"], attention.topk or settings["topk"]
-    moba = LayerPlan("moba", int(block_size), int(topk), settings.get("choose", "moba"))
+    choose = attention.choose if attention.choose != "moba" else settings.get("choose", "moba")
+    _check_block(block_size)
+    check_chooser("attention.choose", choose, topk)
+    moba = LayerPlan("moba", block_size, topk, choose)
     return {**plans, "moba": tuple(moba if layer in settings["layers"] else FULL for layer in range(layers))}
+
+
+def _check_block(block_size: int) -> None:
+    if block_size % BLOCK_MULTIPLE:
+        raise UserError(f"attention.block_size={block_size} is not a multiple of {BLOCK_MULTIPLE}")
 
 
 def _hf_source(path: Path) -> Source:
