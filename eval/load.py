@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from conf.domains import set_of
 from conf.errors import UserError
 from conf.load import load_train_config
 from conf.paths import CheckpointPaths, RunPaths
@@ -217,6 +218,7 @@ def _checked_moba(raw: Any, num_layers: int, path: Path) -> dict[str, Any] | Non
 
 
 def _sets(config: TrainConfig, stage: str) -> tuple[tuple[str, Path], ...]:
-    domains = config.stages[stage].data.domains
-    names = sorted((name for name in domains if name in config.data.sets), key=lambda name: -domains[name])
-    return tuple((name, Path(config.data.sets[name].path)) for name in names)
+    data = config.stages[stage].data
+    heaviest = sorted(data.domains, key=lambda domain: -data.domains[domain])
+    names = dict.fromkeys(set_of(data, domain) for domain in heaviest)
+    return tuple((name, Path(config.data.sets[name].path)) for name in names if name in config.data.sets)

@@ -21,7 +21,6 @@ main {{ max-width: 1060px; margin: 0 auto; padding: 28px 18px 60px; }}
 header h1 {{ font-size: 1.7rem; line-height: 1.2; margin: 0 0 4px; overflow-wrap: anywhere; }}
 header p {{ margin: 0 0 18px; color: var(--faint); }}
 h2 {{ font-size: 1.15rem; margin: 0 0 6px; }}
-h3 {{ font-size: 0.95rem; margin: 18px 0 6px; }}
 section {{ background: var(--card); border: 1px solid var(--line); border-radius: 12px; padding: 18px 20px;
   margin: 0 0 18px; }}
 section > p {{ max-width: 74ch; margin: 6px 0 12px; }}
@@ -39,11 +38,12 @@ thead th {{ color: var(--faint); font-weight: 600; font-size: 0.84rem; }}
 tbody tr:last-child td {{ border-bottom: 0; }}
 figure {{ margin: 14px 0 4px; }}
 figure img {{ width: 100%; height: auto; display: block; border-radius: 6px; }}
-figcaption {{ color: var(--faint); font-size: 0.86rem; margin-top: 6px; }}
+details {{ margin-top: 12px; }}
 details summary {{ cursor: pointer; color: var(--faint); }}
 pre {{ overflow-x: auto; font-size: 0.82rem; line-height: 1.45; }}
 @media (max-width: 560px) {{ main {{ padding: 18px 10px 40px; }} section {{ padding: 14px 12px; }}
-  th, td {{ padding: 5px 6px; }} header h1 {{ font-size: 1.35rem; }} }}
+  th, td {{ padding: 5px 6px; }} header h1 {{ font-size: 1.35rem; }}
+  figure {{ overflow-x: auto; }} figure img {{ width: 600px; }} }}
 """
 
 
@@ -64,10 +64,6 @@ def join(parts: Iterable[Html | None]) -> Html:
 
 def paragraph(content: object, note: bool = False) -> Html:
     return Html(f"<p{' class=' + chr(34) + 'note' + chr(34) if note else ''}>{text(content)}</p>")
-
-
-def heading(content: object) -> Html:
-    return Html(f"<h3>{text(content)}</h3>")
 
 
 def section(title: object, *content: Html | None) -> Html:
@@ -94,13 +90,17 @@ def picture(light: bytes, dark: bytes, description: object, caption: object) -> 
     return Html(
         f'<figure><picture><source media="(prefers-color-scheme: dark)" srcset="{_data(dark)}">'
         f'<img src="{_data(light)}" alt="{text(description)}"></picture>'
-        f"<figcaption>{text(caption)}</figcaption></figure>"
+        f'</figure><p class="note">{text(caption)}</p>'
     )
 
 
-def folded(title: object, content: str) -> Html:
-    """Preformatted text behind a line to click."""
-    return Html(f"<details><summary>{text(title)}</summary><pre>{escape(content)}</pre></details>")
+def folded(title: object, content: Html) -> Html:
+    """Content behind a line to click."""
+    return Html(f"<details><summary>{text(title)}</summary>{content.markup}</details>")
+
+
+def preformatted(content: str) -> Html:
+    return Html(f"<pre>{escape(content)}</pre>")
 
 
 def page(title: object, subtitle: object, *content: Html | None) -> str:

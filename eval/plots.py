@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import contextmanager
 from itertools import groupby
 from pathlib import Path
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Row = dict[str, Any]
-SMOOTHING = 0.06  # weight of the newest step in the smoothed training loss
+SMOOTHED = 12  # the smoothed training loss looks back over about 1 / so many of the steps
 CONFIDENCE = 1.96  # standard errors on either side of an error band
 
 
@@ -80,12 +80,13 @@ def loss_by_tokens(rows: Sequence[Row], theme: Theme) -> bytes | None:
         return png_of(figure)
 
 
-def _smooth(values: Iterable[float]) -> list[float]:
+def _smooth(values: Sequence[float]) -> list[float]:
     """Exponential moving average, each prefix weighted properly (no pull towards zero at the start)."""
     smoothed, total, weight = [], 0.0, 0.0
+    newest = min(1.0, SMOOTHED / len(values))
     for value in values:
-        total = total * (1 - SMOOTHING) + value * SMOOTHING
-        weight = weight * (1 - SMOOTHING) + SMOOTHING
+        total = total * (1 - newest) + value * newest
+        weight = weight * (1 - newest) + newest
         smoothed.append(total / weight)
     return smoothed
 
@@ -197,10 +198,10 @@ def ruler_heatmap(ruler: dict[str, Any], theme: Theme) -> bytes | None:
             axes = figure.add_subplot(1, len(plans), number)
             columns = [result["lengths"][length] for length in lengths]
             cells = [[c["mean"] if t == "mean" else c["scores"][t] for c in columns] for t in tasks]
-            axes.imshow(cells, vmin=0, vmax=100, cmap="RdYlGn", aspect="auto", alpha=0.75)
+            axes.imshow(cells, vmin=0, vmax=100, cmap=theme.cells, aspect="auto")
             for i, row in enumerate(cells):
                 for j, value in enumerate(row):
-                    dark = sum(colormaps["RdYlGn"](value / 100)[:3]) < 1.2
+                    dark = sum(colormaps[theme.cells](value / 100)[:3]) < 1.3
                     axes.text(j, i, f"{value:.1f}", ha="center", va="center", color="#fff" if dark else "#111")
             axes.set_xticks(range(len(lengths)), [f"{int(length):,}" for length in lengths])
             axes.set_yticks(range(len(tasks)), tasks)

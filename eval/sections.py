@@ -49,7 +49,7 @@ def mixed(found: list[Json]) -> Html | None:
 
 
 def _number(value: float | None, digits: int = 4) -> str:
-    return "–" if value is None else f"{value:.{digits}f}"
+    return "–" if value is None else f"{value if round(value, digits) else 0.0:.{digits}f}"
 
 
 def _estimate(value: Json) -> str:
@@ -138,7 +138,7 @@ def _buckets(compared: Json) -> Html | None:
         span = f"{bucket['start']:,}–{bucket['end'] - 1:,}"
         estimates = [_estimate(report["buckets"][i]["estimate"]) for report in compared.values()]
         lines.append((span, *estimates, f"{bucket['estimate']['tokens']:,}"))
-    return page.join([page.heading("By position"), page.table(("positions", *compared, "tokens"), lines)])
+    return page.folded("Loss by position as numbers", page.table(("positions", *compared, "tokens"), lines))
 
 
 def ruler_scores(ruler: Json | None, draw: Pictures) -> Html | None:
@@ -147,12 +147,11 @@ def ruler_scores(ruler: Json | None, draw: Pictures) -> Html | None:
     results = ruler["plans"]
     first = next(iter(results.values()))
     lengths = list(first["lengths"])
-    rows = []
-    for name, result in results.items():
-        cells = [result["lengths"][length] for length in lengths]
-        for task in result["tasks"]:
-            rows.append((f"{name} · {task}", *(f"{cell['scores'][task]:.1f}" for cell in cells)))
-        rows.append((f"{name} · mean", *(f"{cell['mean']:.1f}" for cell in cells)))
+    head = ["task", *(f"{name}, {int(length):,}" for length in lengths for name in results)]
+    rows = [
+        (task, *(_score(result["lengths"][length], task) for length in lengths for result in results.values()))
+        for task in [*first["tasks"], "mean"]
+    ]
     beyond = [f"{int(n):,}" for n in lengths if int(n) > ruler["checkpoint"]["seq_len"]]
     notes = [f"{first['samples']} samples a task and length (RULER uses 500), greedy, seed {ruler['seed']}."]
     if not first["all_tasks"]:
@@ -163,8 +162,11 @@ def ruler_scores(ruler: Json | None, draw: Pictures) -> Html | None:
         )
     return page.section(
         "RULER",
-        page.paragraph("Retrieval, tracing and counting in long prompts: share of the answers found, in percent."),
-        page.table(("attention · task", *(f"{int(length):,} tokens" for length in lengths)), rows),
+        page.paragraph(
+            "Retrieval, tracing and counting in long prompts: answers found, in percent, by attention "
+            "and length in tokens (prompt and answer together)."
+        ),
+        page.table(head, rows),
         draw(
             "ruler",
             lambda theme: plots.ruler_heatmap(ruler, theme),
@@ -173,6 +175,10 @@ def ruler_scores(ruler: Json | None, draw: Pictures) -> Html | None:
         ),
         page.paragraph(" ".join(notes), note=True),
     )
+
+
+def _score(cell: Json, task: str) -> str:
+    return f"{cell['mean'] if task == 'mean' else cell['scores'][task]:.1f}"
 
 
 def gate_choice(gate: Json | None, gates: list[LayerGate], draw: Pictures) -> Html | None:
@@ -227,5 +233,5 @@ def configuration(about: Json, config: Path) -> Html:
     return page.section(
         "Configuration",
         page.table(("", "value"), rows) if rows else None,
-        page.folded("config.yaml", whole) if whole else None,
+        page.folded("config.yaml", page.preformatted(whole)) if whole else None,
     )

@@ -55,13 +55,14 @@ def show(suite: str, result: dict[str, Any]) -> None:
 def _estimate(value: dict[str, Any]) -> str:
     if value["loss"] is None:
         return "-"
-    return f"{value['loss']:.4f}" + ("" if value["stderr"] is None else f" ± {value['stderr']:.4f}")
+    loss = value["loss"] if round(value["loss"], 4) else 0.0
+    return f"{loss:.4f}" + ("" if value["stderr"] is None else f" ± {value['stderr']:.4f}")
 
 
 def _table(title: str, *columns: str) -> Table:
     made = Table(title=title, title_justify="left")
     for number, column in enumerate(columns):
-        made.add_column(column, justify="right" if number else "left")
+        made.add_column(column, justify="right" if number else "left", no_wrap=True)
     return made
 
 
