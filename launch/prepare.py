@@ -21,8 +21,10 @@ def run(config: PrepareConfig) -> int:
     from data.store import TokenStore
 
     check_fields(config)
-    prepare(Path(config.out), config.source, config.heldout, config.tokenizer)
+    manifest = prepare(Path(config.out), config.source, config.heldout, config.tokenizer)
     for split in ("train", "heldout"):
+        if not manifest.splits[split].documents:
+            continue
         store = TokenStore(Path(config.out), split)
         print(f"{config.out} {split}: {store.num_docs:,} documents, {store.num_tokens:,} tokens")
     return 0

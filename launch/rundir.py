@@ -24,8 +24,11 @@ LOCK_SECONDS = 20.0  # workers of a launcher that was just killed need a moment 
 
 
 def check_same(config: TrainConfig, run: RunPaths) -> None:
-    """Refuse to go on with a run whose `config.yaml` trains something else than `config`."""
-    if not run.config.is_file():
+    """Refuse to go on with a run whose `config.yaml` trains something else than `config`.
+
+    Without a checkpoint nothing has been trained yet: a first start that was refused may be corrected.
+    """
+    if not run.config.is_file() or not any(run.checkpoints.glob("step-*")):
         return
     before, now = _flat(load_train_config(run.config)), _flat(config)
     order_before = [key.split(".")[1] for key in before if key.endswith(".seq_len")]

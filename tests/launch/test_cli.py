@@ -143,7 +143,8 @@ class TestDataOnDemand:
         saved = load_train_config(tmp_path / "run" / "config.yaml")
         assert saved.seed == 4 and saved.max_steps == 3
 
-        # and with no other
+        # and, once something is trained, with no other
+        (tmp_path / "run" / "checkpoints" / "step-00000001").mkdir(parents=True)
         capsys.readouterr()
         assert main(["train", f"out={tmp_path / 'run'}", "seed=5"]) == 2
         error = capsys.readouterr().err

@@ -24,6 +24,7 @@ def config() -> TrainConfig:
 @pytest.fixture
 def run(tmp_path: Path, config: TrainConfig) -> RunPaths:
     save_config(config, tmp_path / "config.yaml")
+    (tmp_path / "checkpoints" / "step-00000003").mkdir(parents=True)
     return RunPaths(tmp_path)
 
 
@@ -91,8 +92,10 @@ def test_the_order_of_stages_counts(config: TrainConfig, run: RunPaths) -> None:
         check_same(other, run)
 
 
-def test_a_new_run_has_nothing_to_differ_from(config: TrainConfig, tmp_path: Path) -> None:
+def test_nothing_trained_nothing_to_differ_from(config: TrainConfig, tmp_path: Path) -> None:
     check_same(config, RunPaths(tmp_path))
+    save_config(config, tmp_path / "config.yaml")
+    check_same(changed(config, "seed", 5), RunPaths(tmp_path))
 
 
 def test_one_user_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
