@@ -34,6 +34,7 @@ class Range:
 CHOICES: dict[tuple[type, str], tuple[str, ...]] = {
     (s.ModelConfig, "family"): ("llama", "mistral", "qwen2", "qwen3"),
     (s.RopeConfig, "kind"): ("default", "linear", "ntk", "llama3", "yarn"),
+    (s.StageRopeConfig, "kind"): ("inherit", "default", "linear", "ntk", "llama3", "yarn"),
     (s.AttentionConfig, "kind"): ("full", "moba"),
     (s.AttentionConfig, "choose"): ("moba", "window", "sink_window"),
     (s.AttentionConfig, "backend"): ("auto", "reference", "varlen", "triton"),
@@ -56,7 +57,6 @@ _ZERO_OR_MORE = Range(0)
 _POSITIVE = Range(0, open_low=True)
 _FRACTION = Range(0, 1)
 _BELOW_ONE = Range(0, 1, open_high=True)
-_SHARE = Range(0, 1, open_low=True, open_high=True)
 
 RANGES: dict[type, dict[str, Range]] = {
     s.ModelConfig: {
@@ -71,6 +71,10 @@ RANGES: dict[type, dict[str, Range]] = {
         **dict.fromkeys(("original_seq_len", "attention_factor"), _ZERO_OR_MORE),
         "factor": _COUNT,
     },
+    s.StageRopeConfig: {  # 0: inherited; what comes out of it is checked by the line above
+        **dict.fromkeys(("theta", "factor"), _ZERO_OR_MORE),
+        **dict.fromkeys(("low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow"), _ZERO_OR_MORE),
+    },
     s.AttentionConfig: {
         **dict.fromkeys(("block_size", "topk"), _COUNT),
         **dict.fromkeys(("full_last_layers", "full_every"), _ZERO_OR_MORE),
@@ -79,7 +83,7 @@ RANGES: dict[type, dict[str, Range]] = {
     s.LrConfig: {"peak": _POSITIVE, "min_ratio": _FRACTION, "warmup": _BELOW_ONE},
     s.StageConfig: dict.fromkeys(("seq_len", "tokens", "global_batch", "micro_batch"), _COUNT),
     s.TokenizerConfig: {"train_vocab_size": Range(300), "train_chars": _COUNT},  # 256 bytes come first
-    s.DataSetConfig: {"heldout": _SHARE},
+    s.DataSetConfig: {"heldout": _BELOW_ONE},
     s.OptimConfig: {
         **dict.fromkeys(("beta1", "beta2"), _BELOW_ONE),
         **dict.fromkeys(("weight_decay", "clip"), _ZERO_OR_MORE),
@@ -89,9 +93,9 @@ RANGES: dict[type, dict[str, Range]] = {
     s.MeshConfig: {"sequence_parallel": _COUNT},
     s.LaunchConfig: {"nproc": _COUNT, "threads": _ZERO_OR_MORE},
     s.CheckpointConfig: {"every": _ZERO_OR_MORE, "keep": _COUNT},
-    s.TrainEvalConfig: {"every": _ZERO_OR_MORE, "tokens": _COUNT},
+    s.TrainEvalConfig: dict.fromkeys(("every", "tokens"), _ZERO_OR_MORE),
     s.TrainConfig: {"seed": _ZERO_OR_MORE, "max_steps": _COUNT},
-    s.PrepareConfig: {"heldout": _SHARE},
+    s.PrepareConfig: {"heldout": _BELOW_ONE},
     s.LossSuiteConfig: {**dict.fromkeys(("seq_len", "bucket", "trailing"), _ZERO_OR_MORE), "tokens": _COUNT},
     s.RulerConfig: {"samples": _COUNT, "seed": _ZERO_OR_MORE, "batch": _COUNT},
     s.GateConfig: {"seq_len": _ZERO_OR_MORE, "queries": _COUNT},
@@ -99,9 +103,12 @@ RANGES: dict[type, dict[str, Range]] = {
 }
 
 
-def check_fields(config: Any) -> None:
-    """Raise UserError for the first field of `config`, any schema dataclass, out of bounds."""
-    for owner, name, key, value in _fields(config):
+def check_fields(config: Any, prefix: str = "") -> None:
+    """Raise UserError for the first field of `config`, any schema dataclass, out of bounds.
+
+    `prefix` stands before the keys in messages, as `stages.long.rope.`.
+    """
+    for owner, name, key, value in _fields(config, prefix):
         line = [cls for cls in owner.__mro__ if dataclasses.is_dataclass(cls)]  # a subclass may say otherwise
         choices = next((CHOICES[cls, name] for cls in line if (cls, name) in CHOICES), None)
         if choices is not None and value not in choices:

@@ -52,6 +52,23 @@ class RopeConfig:
 
 
 @dataclass
+class StageRopeConfig(RopeConfig):
+    """RoPE of a stage: what it leaves at `inherit` or 0 is taken over, as `conf.inherit` says.
+
+    With `kind=inherit` every field left at 0 is that of the stage before (of `init` for the first stage; without
+    `init` plain RoPE). With another kind only theta is taken over, and the rest has the defaults of the kind.
+    """
+
+    kind: str = "inherit"  # inherit | default | linear | ntk | llama3 | yarn
+    theta: float = 0.0  # 0: inherit; another theta alone is adjusted base frequency (ABF)
+    factor: float = 0.0  # new length / original length; linear is position interpolation
+    low_freq_factor: float = 0.0  # llama3
+    high_freq_factor: float = 0.0  # llama3
+    beta_fast: float = 0.0  # yarn
+    beta_slow: float = 0.0  # yarn
+
+
+@dataclass
 class AttentionConfig:
     """Which layers use MoBA, with what blocks, when, and through which kernels.
 
@@ -82,10 +99,18 @@ class LrConfig:
 
 
 @dataclass
+class DomainRule:
+    """What of its set a domain uses."""
+
+    set: str = ""  # key of data.sets; empty: the domain's own name
+
+
+@dataclass
 class StageDataConfig:
     """What a stage trains on. Domains are keyed by name; each points to a folder made by `moba prepare`."""
 
-    domains: dict[str, float] = field(default_factory=dict)  # name -> weight; names are keys of data.sets
+    domains: dict[str, float] = field(default_factory=dict)  # name -> weight; a name is a key of data.sets
+    rules: dict[str, DomainRule] = field(default_factory=dict)  # domain -> what of its set it uses
     packing: str = "concat"  # concat: concatenate and split
 
 
@@ -98,7 +123,7 @@ class StageConfig:
     global_batch: int = MISSING  # sequences per optimizer step, over all ranks and micro-batches
     micro_batch: int = 1  # sequences per rank per forward
     carry_optimizer: bool = True  # keep AdamW's moments of the previous stage
-    rope: RopeConfig = field(default_factory=RopeConfig)
+    rope: RopeConfig = field(default_factory=StageRopeConfig)
     attention: AttentionConfig = field(default_factory=AttentionConfig)
     lr: LrConfig = field(default_factory=LrConfig)
     data: StageDataConfig = field(default_factory=StageDataConfig)
@@ -119,7 +144,7 @@ class DataSetConfig:
 
     path: str = MISSING  # folder with manifest.json and token shards
     source: str = ""  # stdlib | a folder or file of text; empty: the folder must exist
-    heldout: float = 0.05  # share of documents kept for evaluation, chosen by hash
+    heldout: float = 0.05  # share of documents kept for evaluation, chosen by hash; 0: none
 
 
 @dataclass
@@ -172,6 +197,7 @@ class WandbConfig:
 
 @dataclass
 class MetricsConfig:
+    batch_hash: bool = False  # a hash of each global batch's token ids, equal however it is shared out
     wandb: WandbConfig = field(default_factory=WandbConfig)
 
 
@@ -180,7 +206,22 @@ class TrainEvalConfig:
     """Held-out loss during training."""
 
     every: int = 0  # steps; 0: only at the start of a run and the end of each stage
-    tokens: int = 65_536  # held-out tokens read each time
+    tokens: int = 65_536  # held-out tokens read each time; 0: no held-out loss
+
+
+@dataclass
+class InitConfig:
+    """What the first stage starts from: weights, model section, RoPE and tokenizer. At most one of the two."""
+
+    hf: str = ""  # Hugging Face folder; empty: fresh weights
+    checkpoint: str = ""  # run folder, checkpoint or folder made by `moba import`; its optimizer is not taken
+
+
+@dataclass
+class ResumeConfig:
+    """What may differ from the run's `config.yaml` at this start. Never saved: each change is asked for anew."""
+
+    allow: list[str] = field(default_factory=list)  # as [stages.long.attention]; written to changes.jsonl
 
 
 @dataclass
@@ -191,6 +232,8 @@ class TrainConfig:
     seed: int = 0
     max_steps: Optional[int] = None  # optimizer steps over the whole chain; null: all
     dry_run: bool = False
+    init: InitConfig = field(default_factory=InitConfig)
+    resume: ResumeConfig = field(default_factory=ResumeConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     stages: dict[str, StageConfig] = field(default_factory=dict)
     data: DataConfig = field(default_factory=DataConfig)
@@ -209,7 +252,7 @@ class PrepareConfig:
 
     out: str = MISSING
     source: str = MISSING  # stdlib | a folder or file of text
-    heldout: float = 0.05
+    heldout: float = 0.05  # share of documents kept for evaluation, chosen by hash; 0: none
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
 
 
@@ -220,6 +263,15 @@ class ExportConfig:
     checkpoint: str = MISSING  # a run folder or one of its checkpoints
     out: str = MISSING
     dtype: str = "float32"  # float32 | bfloat16
+
+
+@dataclass
+class ImportConfig:
+    """Root of `moba import`: a Hugging Face folder as a checkpoint."""
+
+    hf: str = MISSING  # Hugging Face folder: Llama, Mistral, Qwen2 or Qwen3
+    out: str = MISSING  # folder of the checkpoint
+    tokenizer: str = ""  # folder or sentencepiece .model, where the folder has none of its own
 
 
 @dataclass
@@ -278,6 +330,7 @@ ROOTS: dict[str, type[Any]] = {
     "train": TrainConfig,
     "prepare": PrepareConfig,
     "export": ExportConfig,
+    "import": ImportConfig,
     "eval": EvalConfig,
 }
 

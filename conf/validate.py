@@ -5,7 +5,9 @@ from __future__ import annotations
 import itertools
 import re
 
+from conf.domains import rule_of, set_of
 from conf.errors import UserError
+from conf.inherit import stage_ropes
 from conf.ranges import check_fields
 from conf.schema import AttentionConfig, ModelConfig, RopeConfig, StageConfig, TrainConfig
 
@@ -21,14 +23,18 @@ def validate(config: TrainConfig, world_size: int) -> None:
     check_fields(config)
     if not config.stages:
         raise UserError("stages is empty: choose a recipe=..., or add one with +stage@stages.NAME=full")
+    if config.init.hf and config.init.checkpoint:
+        raise UserError(f"init.hf={config.init.hf} and init.checkpoint={config.init.checkpoint}: give one of them")
     _model(config.model)
     _mesh(config, world_size)
     _engine(config)
     _data(config)
+    ropes = stage_ropes(config.stages)
     for name, stage in config.stages.items():
         if not _STAGE_NAME.fullmatch(name):
             raise UserError(f"stages.{name}: a stage name is made of letters, digits, _ and -")
         _stage(f"stages.{name}", stage, config, world_size)
+        _rope(f"stages.{name}.rope", ropes[name])
     _evaluation(config)
 
 
@@ -126,19 +132,25 @@ def _stage(key: str, stage: StageConfig, config: TrainConfig, world_size: int) -
             f"{key}.tokens={stage.tokens} is not a whole number of global batches of {step} tokens "
             f"({key}.global_batch x {key}.seq_len): use {_around(stage.tokens, step)}"
         )
-    _rope(f"{key}.rope", stage.rope)
     _attention(f"{key}.attention", stage.attention, config.model.num_layers)
     if not stage.data.domains:
         raise UserError(f"{key}.data.domains is empty: use +{key}.data.domains.{next(iter(config.data.sets))}=1.0")
     for name, weight in stage.data.domains.items():
-        if name not in config.data.sets:
+        if set_of(stage.data, name) not in config.data.sets:
             known = ", ".join(config.data.sets)
-            raise UserError(f"{key}.data.domains.{name}: no such set in data.sets; there are: {known}")
+            other = rule_of(stage.data, name).set
+            where = f"rules.{name}.set={other}" if other else f"domains.{name}"
+            raise UserError(f"{key}.data.{where}: no such set in data.sets; there are: {known}")
         if not 0 < weight < float("inf"):
             raise UserError(f"{key}.data.domains.{name}={weight}: must be above 0; leave the set out to skip it")
+    for name in stage.data.rules:
+        if name not in stage.data.domains:
+            raise UserError(f"{key}.data.rules.{name}: no such domain; there are: {', '.join(stage.data.domains)}")
 
 
 def _rope(key: str, rope: RopeConfig) -> None:
+    """`rope`: with all that was inherited."""
+    check_fields(rope, f"{key}.")
     if rope.kind == "default" and rope.factor != 1:
         raise UserError(
             f"{key}.factor={rope.factor:g} has no meaning with {key}.kind=default: use linear, ntk or yarn"
@@ -193,10 +205,19 @@ def _attention(key: str, attention: AttentionConfig, num_layers: int) -> None:
 
 def _evaluation(config: TrainConfig) -> None:
     longest = max(stage.seq_len for stage in config.stages.values())
-    if config.eval.tokens < longest:
+    if 0 < config.eval.tokens < longest:
         raise UserError(
-            f"eval.tokens={config.eval.tokens} is less than one row of {longest}: use at least {longest}"
+            f"eval.tokens={config.eval.tokens} is less than one row of {longest}: use at least {longest}, or 0 "
+            "for no held-out loss"
         )
+    for name, stage in config.stages.items():
+        used = [set_of(stage.data, domain) for domain in stage.data.domains]
+        sets = {one: config.data.sets[one] for one in used}
+        if config.eval.tokens and all(one.source and not one.heldout for one in sets.values()):
+            key = f"data.sets.{next(iter(sets))}.heldout"
+            raise UserError(
+                f"{key}=0 leaves stage {name} nothing to evaluate on: set {key} above 0, or eval.tokens=0"
+            )
 
 
 def _around(value: int, unit: int) -> str:

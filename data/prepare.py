@@ -72,6 +72,9 @@ def prepare_sets(data: DataConfig, progress: bool = True) -> dict[str, Manifest]
     words = data.tokenizer
     for name, one in data.sets.items():
         path = Path(one.path)
+        if not one.source and not (path / MANIFEST_FILE).is_file():
+            key = f"data.sets.{name}"
+            raise UserError(f"{key}.path={path} is no prepared set: run moba prepare, or give {key}.source=FOLDER")
         made = prepare(path, one.source, one.heldout, words, progress) if one.source else load_manifest(path)
         manifests[name] = made
         if not words.path:

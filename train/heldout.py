@@ -35,7 +35,7 @@ class Heldout:
     """Held-out documents of the stage's domains, packed to its length; `tokens` of them in all."""
 
     def __init__(self, stores: Sequence[TokenStore], stage: StageConfig, tokens: int, mesh: Mesh) -> None:
-        each = max(tokens // len(stores), stage.seq_len)
+        each = max(tokens // max(len(stores), 1), stage.seq_len)
         batches = [b for store in stores for b in heldout_batches(store, stage.seq_len, each, stage.micro_batch)]
         self._mine = share(batches, mesh.dp_rank, mesh.dp_world) if batches else []
         self._seq_len, self._mesh = stage.seq_len, mesh

@@ -17,6 +17,7 @@ from torch import Tensor
 from conf.constants import EXIT_REQUEUE
 from conf.schema import StageConfig, TrainConfig
 from data.batch import Batch
+from data.batch_hash import as_signed, as_text, rows_hash
 from model.schedule import LayerPlan, describe, plan
 from train.engine import DeepSpeedEngine, clip_and_norm, grad_norm, set_lr
 from train.mesh import Mesh
@@ -67,7 +68,8 @@ def fit(run: Run) -> int:
         sums = train_step(run, micro_batches, plans, lr)
         timer.stop()
         advance(state, tokens_per_step, run.stage.tokens, loader_state)
-        before, pending = pending, PendingRow(sums, describe_step(run, lr, plans), timer, tokens_per_step)
+        row = describe_step(run, lr, plans) | hash_of_step(run, micro_batches)
+        before, pending = pending, PendingRow(sums, row, timer, tokens_per_step)
         stop = before is not None and before.finish(run.metrics)
         eval_due = state.stage_done or _every(state.step, config.eval.every)
         save_due = state.stage_done or at_limit(run) or _every(state.step, config.checkpoint.every)
@@ -127,8 +129,20 @@ def describe_step(run: Run, lr: float, plans: Plans) -> Row:
     return where | {"lr": lr, "plan": describe(plans), "seq_len": run.stage.seq_len}
 
 
+def hash_of_step(run: Run, micro_batches: list[Batch]) -> Row:
+    """With `metrics.batch_hash`, the hash of the global batch; waits for all ranks."""
+    if not run.config.metrics.batch_hash:
+        return {}
+    own = rows_hash(micro_batches) if run.mesh.sp_rank == 0 else 0  # the ranks of an sp group read the same rows
+    total = torch.tensor(as_signed(own), dtype=torch.int64, device=run.mesh.device)
+    dist.all_reduce(total)
+    return {"batch_hash": as_text(int(total))}
+
+
 def evaluate(run: Run, plans: Plans) -> None:
-    """Held-out loss in the given plan, as a row of its own."""
+    """Held-out loss in the given plan, as a row of its own; nothing with `eval.tokens=0`."""
+    if not run.config.eval.tokens:
+        return
     values = run.evaluate(plans)
     state = run.state
     where = {"kind": "eval", "step": state.step, "tokens": state.tokens, "stage": state.stage}

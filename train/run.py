@@ -16,12 +16,14 @@ from pathlib import Path
 import torch
 
 from conf.constants import EXIT_USER_ERROR
+from conf.domains import set_of
 from conf.errors import UserError
 from conf.load import load_train_config
 from conf.paths import RunPaths
 from conf.process import follow_parent
 from conf.schema import TrainConfig
 from data.loader import TrainLoader
+from data.manifest import load_manifest
 from data.store import TokenStore
 from model.transformer import CausalLM
 from model.weights import load_weights, read_weights
@@ -59,7 +61,8 @@ def run_stage(config: TrainConfig, name: str, mesh: Mesh) -> int:
         loader.check_state(state.loader)
     keep_optimizer = state.stage_step > 0 or stage.carry_optimizer
     engine = build(config, name, checkpoint, keep_optimizer, mesh)
-    heldout = Heldout(list(open_stores(config, name, "heldout").values()), stage, config.eval.tokens, mesh)
+    held = open_stores(config, name, "heldout") if config.eval.tokens else {}
+    heldout = Heldout(list(held.values()), stage, config.eval.tokens, mesh)
     metrics = open_log(config, state, resumed=checkpoint is not None, mesh=mesh)
     tokenizer = next(iter(stores.values())).tokenizer_path
 
@@ -129,8 +132,17 @@ def build(
 
 
 def open_stores(config: TrainConfig, name: str, split: str) -> dict[str, TokenStore]:
-    """The stage's domains by name. UserError where the model's vocabulary is too small for one."""
-    stores = {one: TokenStore(Path(config.data.sets[one].path), split) for one in config.stages[name].data.domains}
+    """The stage's domains by name; for `heldout` their sets, as far as they hold out anything.
+
+    Raises UserError where the model's vocabulary is too small for a set, or nothing at all is held out.
+    """
+    data = config.stages[name].data
+    sets = {one: set_of(data, one) for one in data.domains}
+    if split == "heldout":
+        manifests = {one: load_manifest(Path(config.data.sets[one].path)) for one in sets.values()}
+        held = [one for one, manifest in manifests.items() if manifest.splits[split].documents]
+        sets = {one: one for one in held or manifests}
+    stores = {one: TokenStore(Path(config.data.sets[key].path), split) for one, key in sets.items()}
     for one, store in stores.items():
         if store.vocab_size > config.model.vocab_size:
             raise UserError(

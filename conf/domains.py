@@ -1,0 +1,15 @@
+"""Domains of a stage: which prepared set each draws on, and by which rule."""
+
+from __future__ import annotations
+
+from conf.schema import DomainRule, StageDataConfig
+
+
+def rule_of(data: StageDataConfig, domain: str) -> DomainRule:
+    """The domain's rule, or the default one."""
+    return data.rules.get(domain, DomainRule())
+
+
+def set_of(data: StageDataConfig, domain: str) -> str:
+    """Key in `data.sets` of the set that `domain` draws on. Several domains may share one."""
+    return rule_of(data, domain).set or domain
