@@ -1,4 +1,4 @@
-# mypy: allow-untyped-defs
+# mypy: disable-error-code="no-untyped-def"
 """Backward for the queries: row sums `delta`, partial dq of every pair, and dq = own block + partials.
 
 Every part of the softmax is differentiated with the final output and log-sum-exp (FlashAttention-2, Dao 2023,
@@ -107,6 +107,65 @@ def _dq_kernel(
         tl.store(part_ptr + to[:, None] * D + d[None, :], dq.to(part_ptr.dtype.element_ty), mask=live[:, None])
 
 
+@triton.jit(do_not_specialize=["num_lists", "first_head", "pair_base", "pairs_per_head"])
+def _stationary_dq_kernel(
+    q_ptr,
+    dout_ptr,
+    k_desc,
+    v_desc,
+    lse_ptr,
+    delta_ptr,
+    part_ptr,
+    row_ptr,
+    pair_ptr,
+    list_lse_ptr,
+    list_delta_ptr,
+    tile_ptr,
+    num_tiles_ptr,
+    block_start_ptr,
+    scale_log2,
+    block_size,
+    num_lists,
+    first_head,
+    pair_base,
+    pairs_per_head,
+    ROWS: tl.constexpr,
+    KEYS: tl.constexpr,
+    D: tl.constexpr,
+    EVEN: tl.constexpr,  # block_size == KEYS
+):
+    """As `_dq_kernel` for a small block: its keys stay in shared memory, rows stream."""
+    tile = tl.program_id(0)
+    if tile < tl.load(num_tiles_ptr):
+        lists = tl.load(tile_ptr + tile * 4)
+        offset = tl.load(tile_ptr + tile * 4 + 1)
+        count = tl.load(tile_ptr + tile * 4 + 2)
+        head = lists // num_lists
+        start = tl.load(block_start_ptr + lists - head * num_lists)
+        r = tl.arange(0, ROWS)
+        d = tl.arange(0, D)
+        n = tl.arange(0, KEYS)
+        k = k_desc.load([start, (first_head + head) * D])
+        v = v_desc.load([start, (first_head + head) * D])
+        base = head.to(tl.int64) * pairs_per_head - pair_base
+        for i in tl.range(0, count, ROWS):
+            live = i + r < count
+            row = tl.load(row_ptr + offset + tl.minimum(i + r, count - 1)).to(tl.int64)
+            q = tl.load(q_ptr + row[:, None] * D + d[None, :])
+            dout = tl.load(dout_ptr + row[:, None] * D + d[None, :])
+            lse = tl.load(lse_ptr + row)
+            delta = tl.load(delta_ptr + row)
+            tl.store(list_lse_ptr + offset + i + r, lse, mask=live)
+            tl.store(list_delta_ptr + offset + i + r, delta, mask=live)
+            p = tl.exp2(tl.dot(q, k.T, input_precision="ieee") * scale_log2 - lse[:, None])
+            if not EVEN:
+                p = tl.where((n < block_size)[None, :], p, 0.0)
+            ds = p * (tl.dot(dout, v.T, input_precision="ieee") - delta[:, None])
+            dq = tl.dot(ds.to(k.dtype), k, input_precision="ieee")
+            to = base + tl.load(pair_ptr + offset + i + r, mask=live, other=0)
+            tl.store(part_ptr + to[:, None] * D + d[None, :], dq.to(part_ptr.dtype.element_ty), mask=live[:, None])
+
+
 @triton.jit(do_not_specialize=["num_tokens", "H", "K", "first_head", "num_heads", "first_token", "pairs_per_head"])
 def _merge_kernel(
     q_ptr,
@@ -175,8 +234,8 @@ class RowSums:
         padded = common.ceil_div(T, _DELTA_ROWS) * _DELTA_ROWS
         self.lse_TH = lse_TH
         self.delta_TH = torch.empty_like(lse_TH)
-        self.lse_HT = common.empty((H, padded), torch.float32, lse_TH.device)
-        self.delta_HT = common.empty((H, padded), torch.float32, lse_TH.device)
+        self.lse_HT = torch.empty((H, padded), dtype=torch.float32, device=lse_TH.device)
+        self.delta_HT = torch.empty((H, padded), dtype=torch.float32, device=lse_TH.device)
         _delta_kernel[(padded // _DELTA_ROWS * H,)](
             out_THD,
             dout_THD,
@@ -208,10 +267,12 @@ def dq_partials(
     first_token: int,
     scale_log2: float,
     tile: Tile,
+    stationary: bool,
 ) -> None:
     """Fills part [heads, tokens, G, K, D] for one chunk, and its share of list_lse, list_delta [entries]."""
     slots = lists.group * lists.slots
-    _dq_kernel[(tiles.bound,)](
+    kernel = _stationary_dq_kernel if stationary else _dq_kernel
+    kernel[(tiles.bound,)](
         q_THD,
         dout_THD,
         common.token_rows(k_THD, tile.keys),

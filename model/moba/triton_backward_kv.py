@@ -1,4 +1,4 @@
-# mypy: allow-untyped-defs
+# mypy: disable-error-code="no-untyped-def"
 """Backward for the keys: dk and dv, summed over every query of the key head's group in one fixed order.
 
 A program owns KEYS keys of one block. First the list of the pairs that chose the block (gathered query rows,
@@ -104,7 +104,7 @@ def _dkv_kernel(
         d = tl.arange(0, D)
         r = tl.arange(0, ROWS)
         key = first_key + n
-        if FUSED:  # which of the two loads costs no registers differs
+        if FUSED or KEYS > 64 or D < 128:  # which of the two ways to load costs no registers differs
             at_key = (key.to(tl.int64) * num_kv_heads + head)[:, None] * D + d[None, :]
             k = tl.load(k_ptr + at_key, mask=(key < end)[:, None], other=0.0)
             v = tl.load(v_ptr + at_key, mask=(key < end)[:, None], other=0.0)
@@ -127,10 +127,14 @@ def _dkv_kernel(
                 dout = tl.load(dout_ptr + row[:, None] * D + d[None, :])
                 lse = tl.where(live, list_lse_desc.load([offset + i]), float("inf"))
                 delta = list_delta_desc.load([offset + i])  # past the end: other entries or 0, never NaN
-                dk, dv, dst = _gradient_step(q, dout, lse, delta, k, v, (key < end)[:, None], scale_log2, dk, dv, FUSED)
+                dk, dv, dst = _gradient_step(
+                    q, dout, lse, delta, k, v, (key < end)[:, None], scale_log2, dk, dv, FUSED
+                )
                 if FUSED:
                     dq = tl.dot(dst.T, k, input_precision="ieee")
-                    to = local.to(tl.int64) * pairs_per_head + tl.load(pair_ptr + offset + i + r, mask=live, other=0)
+                    to = local.to(tl.int64) * pairs_per_head + tl.load(
+                        pair_ptr + offset + i + r, mask=live, other=0
+                    )
                     to = to[:, None] * D + d[None, :]
                     tl.store(part_ptr + to, dq.to(part_ptr.dtype.element_ty), mask=live[:, None])
         # Own block: tiles of tokens from first_key on, start rounded down for aligned 1-D loads of lse, delta;
@@ -154,7 +158,9 @@ def _dkv_kernel(
 
 
 @triton.jit(do_not_specialize=["n"])
-def _list_kernel(row_ptr, lse_ptr, delta_ptr, list_lse_ptr, list_delta_ptr, offset_ptr, count_ptr, PIECE: tl.constexpr):
+def _list_kernel(
+    row_ptr, lse_ptr, delta_ptr, list_lse_ptr, list_delta_ptr, offset_ptr, count_ptr, PIECE: tl.constexpr
+):
     """Program = (list): lse and delta in list order."""
     offset = tl.load(offset_ptr + tl.program_id(0))
     count = tl.load(count_ptr + tl.program_id(0))
@@ -199,7 +205,7 @@ def dkv(
     tile: Tile,
 ) -> None:
     """dk, dv [T, Hkv, D] of some key heads. With `part` also the dq partials of all tokens (fused)."""
-    T, H, D = q_THD.shape
+    H, D = q_THD.shape[1:]
     Hkv = k_THD.shape[1]
     num_subs = common.ceil_div(table.block_size, tile.keys)
     spare = sums.lse_TH  # stands in for arguments that this variant never touches

@@ -14,12 +14,13 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 LOG2E = math.log2(math.e)
+# True when the kernels of this process run in Triton's interpreter (TRITON_INTERPRET=1 at the first import).
+INTERPRETED = bool(triton.knobs.runtime.interpret)
 LIST_ALIGN = 4  # list starts are multiples of 16 bytes of fp32: 1-D TMA loads need it
 
 
@@ -53,56 +54,78 @@ class Tiles:
     dq: Tile
     dkv: Tile
     merge: Tile
-    stationary: bool  # keys of a block stay in shared memory while query rows stream (small blocks)
-    stream: int = 1  # row tiles one program of the stationary kernel handles
+    stationary: bool  # forward: keys of a block stay in shared memory while query rows stream (small blocks)
+    stationary_dq: bool
+    stream: int = 1  # row tiles one program of a stationary kernel handles
     fused: Tile | None = None  # dk, dv and dq partials in one kernel: a tile that covers the block
-
-
-def interpreting() -> bool:
-    """True when kernels run in Triton's interpreter (TRITON_INTERPRET=1 before the first import)."""
-    return bool(triton.knobs.runtime.interpret)
 
 
 def tiles_for(head_dim: int, block_size: int, num_blocks: int) -> Tiles:
     """Measured winners on one H200; in the interpreter tiny tiles, so that small inputs have many of them."""
     keys = min(64, next_power_of_two(block_size))
     whole = next_power_of_two(block_size)
-    if interpreting():
+    if INTERPRETED:
         small = Tile(rows=16, keys=min(32, keys), warps=4, stages=1)
         cover = Tile(rows=16, keys=whole, warps=4, stages=1) if whole <= 32 else None
         return Tiles(
             gate=Tile(rows=32, keys=16, warps=4, stages=1),
             routed=cover or small,
             combine=small,
-            dq=small,
+            dq=cover or small,
             dkv=small,
             merge=small,
             stationary=cover is not None,
+            stationary_dq=cover is not None,
             stream=3,
             fused=cover,
         )
-    covered = block_size <= 128
-    two_per_sm = Tile(rows=128, keys=keys, warps=8, stages=2, max_registers=128)
-    if block_size <= 1024:
-        dq = Tile(rows=128, keys=min(32, keys), warps=8, stages=3, max_registers=128)
-    else:
-        dq = Tile(rows=128, keys=keys, warps=8, stages=3)
+    gate = Tile(rows=128 if num_blocks >= 1024 else 64, keys=64, warps=4, stages=1)
+    return _covered(head_dim, gate, whole) if whole <= 128 else _streamed(head_dim, gate, block_size)
+
+
+def _covered(head_dim: int, gate: Tile, whole: int) -> Tiles:
+    """Blocks of at most 128 keys: one tile covers a block."""
+    keys = min(64, whole)
+    wide = head_dim > 64
+    dkv = Tile(rows=64, keys=max(64, whole), warps=8 if whole == 128 else 4, stages=3)
     return Tiles(
-        gate=Tile(rows=128 if num_blocks >= 1024 else 64, keys=64, warps=4, stages=1),
-        routed=Tile(rows=64, keys=whole, warps=4, stages=3) if covered else two_per_sm,
-        combine=Tile(rows=64, keys=keys, warps=4, stages=1, max_registers=128),
-        dq=dq,
-        dkv=Tile(rows=64, keys=keys, warps=4, stages=2),
-        merge=Tile(rows=64, keys=keys, warps=4, stages=2),
-        stationary=covered,
+        gate=gate,
+        routed=Tile(rows=64, keys=whole, warps=4, stages=3, max_registers=0 if wide else 128),
+        combine=Tile(64, min(32, keys), 4, 1, 168) if wide else Tile(64, keys, 4, 1, 128),
+        dq=Tile(rows=64, keys=whole, warps=4, stages=1),
+        dkv=dkv,
+        merge=Tile(64, min(32, keys), 4, 2, 168 if wide else 128),
+        stationary=True,
+        stationary_dq=True,
         stream=16,
-        fused=Tile(rows=64, keys=whole, warps=8 if whole > 64 else 4, stages=2) if covered else None,
+        fused=dkv,
     )
 
 
-def empty(shape: tuple[int, ...] | int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Fresh memory for a kernel to fill. Tests replace it by NaN-filled memory."""
-    return torch.empty(shape, dtype=dtype, device=device)
+def _streamed(head_dim: int, gate: Tile, block_size: int) -> Tiles:
+    """Larger blocks: keys stream past a tile of rows, or rows past a tile of keys."""
+    if head_dim <= 64:
+        return Tiles(
+            gate=gate,
+            routed=Tile(64, 64, 4, 2, 128),
+            combine=Tile(64, 64, 4, 2, 128),
+            dq=Tile(128, 64, 8, 3, 128),
+            dkv=Tile(64, 64, 4, 3, 168),
+            merge=Tile(64, 64, 4, 2, 128),
+            stationary=False,
+            stationary_dq=False,
+        )
+    short = block_size <= 1024
+    return Tiles(
+        gate=gate,
+        routed=Tile(128, 64, 8, 2, 128),
+        combine=Tile(64, 64, 4, 1, 168 if short else 128),
+        dq=Tile(128, 32, 8, 3, 128) if block_size <= 2048 else Tile(128, 64, 8, 3),
+        dkv=Tile(64, 128, 8, 3),
+        merge=Tile(64, 32, 4, 2, 168) if short else Tile(64, 64, 4, 2),
+        stationary=False,
+        stationary_dq=False,
+    )
 
 
 def token_rows(x_THD: Tensor, rows: int) -> Any:

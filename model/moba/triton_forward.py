@@ -1,4 +1,4 @@
-# mypy: allow-untyped-defs
+# mypy: disable-error-code="no-untyped-def"
 """Forward: attention to the chosen past blocks, block by block, then the own block and the merge.
 
 A routed program takes one key block and the queries that chose it (gathered rows), and writes one partial
@@ -142,7 +142,9 @@ def _stationary_kernel(
             total = tl.sum(p, 1)
             out = tl.dot(p.to(v.dtype), v, input_precision="ieee") * (1.0 / total)[:, None]
             to = base + tl.load(pair_ptr + offset + i + r, mask=live, other=0)
-            tl.store(part_ptr + to[:, None] * D + d[None, :], out.to(part_ptr.dtype.element_ty), mask=live[:, None])
+            tl.store(
+                part_ptr + to[:, None] * D + d[None, :], out.to(part_ptr.dtype.element_ty), mask=live[:, None]
+            )
             tl.store(lse_ptr + to, top + tl.log2(total), mask=live)
 
 

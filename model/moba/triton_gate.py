@@ -1,4 +1,4 @@
-# mypy: allow-untyped-defs
+# mypy: disable-error-code="no-untyped-def"
 """The gate: the K best past blocks of every query and head, without a score table in memory.
 
 Scores stream through registers one tile of 64 blocks at a time and meet a running list of the K best. Each

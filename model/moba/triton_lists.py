@@ -1,4 +1,4 @@
-# mypy: allow-untyped-defs
+# mypy: disable-error-code="no-untyped-def"
 """From "query -> chosen blocks" to "block -> queries that chose it", deterministic and without the host.
 
 One stable sort of the keys (key head, block) orders all pairs; pairs of one block keep the order of their
@@ -12,6 +12,7 @@ slots (-1) and is never read.
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 import torch
@@ -199,6 +200,14 @@ class Lists:
     def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         return self.row, self.pair, self.offset, self.count
 
+    def without_tensors(self) -> Lists:
+        """The numbers only; the tensors go through autograd's own storage."""
+        nothing = self.row.new_empty(0)
+        return self.with_tensors(nothing, nothing, nothing, nothing)
+
+    def with_tensors(self, row: Tensor, pair: Tensor, offset: Tensor, count: Tensor) -> Lists:
+        return dataclasses.replace(self, row=row, pair=pair, offset=offset, count=count)
+
     def tiles(self, rows: int, first_token: int, end_token: int) -> TileTable:
         """Tile table of the list parts whose tokens lie in first_token .. end_token - 1."""
         total = self.offset.numel()
@@ -255,8 +264,8 @@ def build_lists(block_ids: Tensor, num_blocks: int, group: int, first_head: int,
     offset, count = torch.empty_like(start[:-1]), torch.empty_like(start[:-1])
     _place_kernel[(1,)](start, offset, count, total, num_lists, ALIGN=common.LIST_ALIGN, num_warps=8)
     entries = n + common.LIST_ALIGN * total
-    row = common.empty((entries,), torch.int32, device)
-    pair = common.empty((entries,), torch.int32, device)
+    row = torch.empty((entries,), dtype=torch.int32, device=device)
+    pair = torch.empty((entries,), dtype=torch.int32, device=device)
     _write_kernel[grid](
         key, order, start, offset, row, pair, n, K, H, first_head, num_lists, per_head, shift, G=group, num_warps=4
     )

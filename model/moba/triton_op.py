@@ -1,19 +1,19 @@
 """Attention to given blocks with the Triton kernels, as one differentiable operation.
 
-Saved for the backward pass: q, k, v, out, lse, the block ids, and the lists where they were built in one
-piece. Partial results are never saved. No host synchronisation anywhere, no floating-point atomics: repeated
-runs give equal bits, and a CUDA graph can capture both passes.
+Saved for the backward pass: q, k, v, out, lse, the block ids, and the lists unless they are large. Partial
+results are never saved. No host synchronisation anywhere, no floating-point atomics: repeated runs give equal
+bits, and a CUDA graph can capture both passes.
 
 Shape legend: triton_common.py.
 """
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from model.moba import triton_common as common
 from model.moba import triton_lists
@@ -67,15 +67,17 @@ class _Attend(torch.autograd.Function):
         budget: int,
     ) -> Tensor:
         out, lse, lists = forward_pass(q_THD, k_THD, v_THD, block_ids, table, softmax_scale, budget)
-        ctx.save_for_backward(q_THD, k_THD, v_THD, block_ids, out, lse, *(lists.tensors if lists else ()))
-        ctx.lists = None if lists is None else dataclasses.replace(lists, **dict.fromkeys(_LIST_TENSORS))
+        tensors = [tensor for some in lists for tensor in some.tensors]
+        ctx.save_for_backward(q_THD, k_THD, v_THD, block_ids, out, lse, *tensors)
+        ctx.lists = [some.without_tensors() for some in lists]
         ctx.table, ctx.softmax_scale, ctx.budget = table, softmax_scale, budget
         return out
 
     @staticmethod
-    def backward(ctx: Any, dout_THD: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    @once_differentiable
+    def backward(ctx: Any, dout_THD: Tensor) -> tuple[Tensor | None, ...]:
         q_THD, k_THD, v_THD, block_ids, out, lse, *tensors = ctx.saved_tensors
-        lists = dataclasses.replace(ctx.lists, **dict(zip(_LIST_TENSORS, tensors, strict=True))) if tensors else None
+        lists = [some.with_tensors(*tensors[4 * i : 4 * i + 4]) for i, some in enumerate(ctx.lists)]
         dq, dk, dv = backward_pass(
             q_THD,
             k_THD,
@@ -92,9 +94,6 @@ class _Attend(torch.autograd.Function):
         return dq, dk, dv, None, None, None, None
 
 
-_LIST_TENSORS = ("row", "pair", "offset", "count")
-
-
 def forward_pass(
     q_THD: Tensor,
     k_THD: Tensor,
@@ -103,21 +102,23 @@ def forward_pass(
     table: BlockTable,
     softmax_scale: float,
     budget: int,
-) -> tuple[Tensor, Tensor, Lists | None]:
-    """out [T, H, D], lse2 fp32 [T, H], and the lists if one piece held all key heads."""
+) -> tuple[Tensor, Tensor, list[Lists]]:
+    """out [T, H, D], lse2 fp32 [T, H], and the lists of every pass if keeping them is cheap, else []."""
     T, H, D = q_THD.shape
     Hkv, K = k_THD.shape[1], block_ids.shape[-1]
     plan, tiles = _plan(q_THD, k_THD, K, budget), common.tiles_for(D, table.block_size, table.block_start.numel())
-    out = common.empty((T, H, D), q_THD.dtype, q_THD.device)
-    lse = common.empty((T, H), torch.float32, q_THD.device)
+    out = torch.empty((T, H, D), dtype=q_THD.dtype, device=q_THD.device)
+    lse = torch.empty((T, H), dtype=torch.float32, device=q_THD.device)
     scale_log2 = softmax_scale * common.LOG2E
-    lists: Lists | None = None
+    kept: list[Lists] = []
     for heads in plan.head_ranges(Hkv):
         if K == 0:
             combine(q_THD, k_THD, v_THD, None, None, block_ids, table, out, lse, heads, range(T), scale_log2,
                     tiles.combine)  # fmt: skip
             continue
         lists = _lists(block_ids, table, H // Hkv, heads)
+        if plan.keep_lists:
+            kept.append(lists)
         part, part_lse = _partials(q_THD, plan, heads, H // Hkv * K)
         for tokens in plan.token_ranges(T):
             rows = tiles.routed.rows * (tiles.stream if tiles.stationary else 1)
@@ -127,8 +128,7 @@ def forward_pass(
                    tiles.stationary)  # fmt: skip
             combine(q_THD, k_THD, v_THD, part_c, lse_c, block_ids, table, out, lse, heads, tokens, scale_log2,
                     tiles.combine)  # fmt: skip
-    whole = plan.heads == Hkv and plan.tokens == T
-    return out, lse, lists if whole else None
+    return out, lse, kept
 
 
 def backward_pass(
@@ -142,24 +142,25 @@ def backward_pass(
     table: BlockTable,
     softmax_scale: float,
     budget: int,
-    saved: Lists | None,
+    saved: list[Lists],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk, dv in the shapes and dtypes of q, k, v."""
     T, H, D = q_THD.shape
     Hkv, K = k_THD.shape[1], block_ids.shape[-1]
     plan, tiles = _plan(q_THD, k_THD, K, budget), common.tiles_for(D, table.block_size, table.block_start.numel())
     sums = RowSums(out_THD, dout_THD, lse_TH)
-    dq, dk, dv = (common.empty(tuple(x.shape), x.dtype, x.device) for x in (q_THD, k_THD, v_THD))
+    dq, dk, dv = torch.empty_like(q_THD), torch.empty_like(k_THD), torch.empty_like(v_THD)
     scale_log2 = softmax_scale * common.LOG2E
     inputs = (q_THD, k_THD, v_THD, dout_THD, sums)
+    dq_rows = tiles.dq.rows * (tiles.stream if tiles.stationary_dq else 1)
     fused = tiles.fused if plan.tokens >= T else None  # its partials need all tokens at once
-    for heads in plan.head_ranges(Hkv):
+    for number, heads in enumerate(plan.head_ranges(Hkv)):
         if K == 0:
             merge_dq(*inputs, None, block_ids, table, dq, heads, range(T), softmax_scale, tiles.merge)
             dkv(*inputs, None, None, None, None, table, dk, dv, heads, softmax_scale, tiles.dkv)
             continue
-        lists = saved or _lists(block_ids, table, H // Hkv, heads)
-        list_lse = common.empty((lists.row.numel(),), torch.float32, q_THD.device)
+        lists = saved[number] if saved else _lists(block_ids, table, H // Hkv, heads)
+        list_lse = torch.empty((lists.row.numel(),), dtype=torch.float32, device=q_THD.device)
         list_delta = torch.zeros_like(list_lse)  # gaps between lists are read, and must be finite
         part, _ = _partials(q_THD, plan, heads, H // Hkv * K)
         if fused is not None:
@@ -168,9 +169,10 @@ def backward_pass(
             merge_dq(*inputs, part, block_ids, table, dq, heads, range(T), softmax_scale, tiles.merge)
             continue
         for tokens in plan.token_ranges(T):
-            work = lists.tiles(tiles.dq.rows, tokens.start, tokens.stop)
+            work = lists.tiles(dq_rows, tokens.start, tokens.stop)
             part_c = part[:, : len(tokens)]
-            dq_partials(*inputs, part_c, list_lse, list_delta, lists, work, table, tokens.start, scale_log2, tiles.dq)
+            dq_partials(*inputs, part_c, list_lse, list_delta, lists, work, table, tokens.start, scale_log2,
+                        tiles.dq, tiles.stationary_dq)  # fmt: skip
             merge_dq(*inputs, part_c, block_ids, table, dq, heads, tokens, softmax_scale, tiles.merge)
         dkv(*inputs, lists, list_lse, list_delta, None, table, dk, dv, heads, softmax_scale, tiles.dkv)
     return dq, dk, dv
@@ -189,5 +191,5 @@ def _partials(q_THD: Tensor, plan: Plan, heads: range, slots: int) -> tuple[Tens
     """part [heads, tokens, G * K, D] in q's dtype and part_lse [heads, tokens, G * K] for one chunk."""
     T, _, D = q_THD.shape
     shape = (len(heads), min(plan.tokens, T), slots)
-    part = common.empty((*shape, D), q_THD.dtype, q_THD.device)
-    return part, common.empty(shape, torch.float32, q_THD.device)
+    part = torch.empty((*shape, D), dtype=q_THD.dtype, device=q_THD.device)
+    return part, torch.empty(shape, dtype=torch.float32, device=q_THD.device)

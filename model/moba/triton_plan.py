@@ -15,6 +15,7 @@ from model.moba import triton_common as common
 
 MIN_BUDGET = 4 << 30
 _LIST_BYTES = 16  # per pair: row id, pair number, lse and delta in list order
+_KEPT_BYTES = 8  # per pair, of lists kept for the backward pass
 _SORT_BYTES = 32  # per pair, while a list is built: keys twice, order, and what the sort takes
 _MAX_PAIRS = 2**31 - 2**24  # positions are int32
 _TOKEN_STEP = 128  # query chunks are multiples of this
@@ -22,10 +23,11 @@ _TOKEN_STEP = 128  # query chunks are multiples of this
 
 @dataclass(frozen=True)
 class Plan:
-    """Key heads per pass and tokens per chunk of partials."""
+    """Key heads per pass, tokens per chunk of partials, and whether lists are kept for the backward pass."""
 
     heads: int
     tokens: int
+    keep_lists: bool
 
     def head_ranges(self, num_kv_heads: int) -> list[range]:
         return [range(h, min(h + self.heads, num_kv_heads)) for h in range(0, num_kv_heads, self.heads)]
@@ -53,15 +55,18 @@ def make_plan(
     """
     pairs = num_tokens * (num_heads // num_kv_heads) * slots  # per key head
     if pairs == 0:
-        return Plan(num_kv_heads, num_tokens)
+        return Plan(num_kv_heads, num_tokens, False)
     budget -= 4 * pairs * num_kv_heads  # the block ids themselves
+    kept = _KEPT_BYTES * pairs * num_kv_heads
+    keep = kept <= budget // 8
+    budget -= kept if keep else 0
     part = head_dim * itemsize + 4
     heads = min(budget // (pairs * max(_SORT_BYTES, _LIST_BYTES + part)), _MAX_PAIRS // pairs, num_kv_heads)
     if heads >= 1:
         passes = common.ceil_div(num_kv_heads, heads)
-        return Plan(common.ceil_div(num_kv_heads, passes), num_tokens)
+        return Plan(common.ceil_div(num_kv_heads, passes), num_tokens, keep)
     per_token = (num_heads // num_kv_heads) * slots * part
     tokens = max(_TOKEN_STEP, (budget - _LIST_BYTES * pairs) // per_token)
     chunks = common.ceil_div(num_tokens, tokens)
     tokens = common.ceil_div(common.ceil_div(num_tokens, chunks), _TOKEN_STEP) * _TOKEN_STEP
-    return Plan(1, min(tokens, num_tokens))
+    return Plan(1, min(tokens, num_tokens), keep)

@@ -1,4 +1,4 @@
-# mypy: allow-untyped-defs
+# mypy: disable-error-code="no-untyped-def"
 """Mean key of every full block, in fp32 arithmetic. Shape legend: triton_common.py."""
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def block_means(k_THD: Tensor, table: BlockTable) -> tuple[Tensor, Tensor | None
     """
     Hkv, D = k_THD.shape[1:]
     NB = table.block_start.numel()
-    high = common.empty((Hkv, NB, D), k_THD.dtype, k_THD.device)
+    high = torch.empty((Hkv, NB, D), dtype=k_THD.dtype, device=k_THD.device)
     low = None if k_THD.dtype == torch.float32 else torch.empty_like(high)
     _pool_kernel[(NB * Hkv,)](
         k_THD,
