@@ -100,8 +100,8 @@ RULES: list[tuple[list[str], int, list[str]]] = [
     (["seed=-1"], 1, ["seed=-1"]),
     (["eval.tokens=100"], 1, ["eval.tokens=100", "128"]),
     (["data.sets.text.heldout=0", "data.sets.text.source=x"], 1, ["data.sets.text.heldout=0", "eval.tokens=0"]),
-    ([f"+{S}.data.rules.web={{set: text}}"], 1, [f"{S}.data.rules.web", "text"]),
-    ([f"+{S}.data.rules.text={{set: web}}"], 1, [f"{S}.data.rules.text.set=web", "text"]),
+    ([f"+{S}.data.rules.web.set=text"], 1, [f"{S}.data.rules.web", "text"]),
+    ([f"+{S}.data.rules.text.set=web"], 1, [f"{S}.data.rules.text.set=web", "text"]),
     (["~stages.short", "~stages.long", "~stages.full"], 1, ["stages is empty", "recipe="]),
 ]
 IDS = [f"{' '.join(overrides) or 'as it is'} on {world}" for overrides, world, _ in RULES]
