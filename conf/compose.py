@@ -29,6 +29,8 @@ def compose(root: Literal["prepare"], overrides: Sequence[str]) -> schema.Prepar
 @overload
 def compose(root: Literal["export"], overrides: Sequence[str]) -> schema.ExportConfig: ...
 @overload
+def compose(root: Literal["import"], overrides: Sequence[str]) -> schema.ImportConfig: ...
+@overload
 def compose(root: Literal["eval"], overrides: Sequence[str]) -> schema.EvalConfig: ...
 def compose(root: str, overrides: Sequence[str]) -> Any:
     """Compose `conf/<root>.yaml` with plain Hydra overrides (`key=value`, `+x=..`, `~x`, `group=choice`).
@@ -38,6 +40,15 @@ def compose(root: str, overrides: Sequence[str]) -> Any:
     """
     schema.register()
     return _typed(root, schema.ROOTS[root], overrides)
+
+
+def compose_train(overrides: Sequence[str], complete: Callable[[DictConfig], None]) -> schema.TrainConfig:
+    """As `compose("train", ...)`, with `complete` filling in what the command line left out, in place.
+
+    `complete` gets the typed configuration before it is known to lack anything; it may raise UserError.
+    """
+    schema.register()
+    return _typed("train", schema.TrainConfig, overrides, complete)
 
 
 def recompose(config: schema.TrainConfig, overrides: Sequence[str]) -> schema.TrainConfig:
@@ -72,9 +83,11 @@ def is_group(key: str) -> bool:
     return "@" in key or key in group_choices()
 
 
-def _typed(config_name: str, cls: type[T], overrides: Sequence[str]) -> T:
+def _typed(
+    config_name: str, cls: type[T], overrides: Sequence[str], complete: Callable[[DictConfig], None] | None = None
+) -> T:
     _parse(overrides)
-    return _explained(config_name, overrides, lambda: _resolved(_hydra(config_name, overrides), cls))
+    return _explained(config_name, overrides, lambda: _resolved(_hydra(config_name, overrides), cls, complete))
 
 
 def _hydra(config_name: str, overrides: Sequence[str]) -> DictConfig:
@@ -85,10 +98,12 @@ def _hydra(config_name: str, overrides: Sequence[str]) -> DictConfig:
         return hydra_compose(config_name, overrides=list(overrides))
 
 
-def _resolved(composed: DictConfig, cls: type[T]) -> T:
+def _resolved(composed: DictConfig, cls: type[T], complete: Callable[[DictConfig], None] | None) -> T:
     # `+key` opens a typed node for any key: merging into a fresh schema closes it again.
     plain = OmegaConf.create(cast(Any, OmegaConf.to_container(composed)))
     typed = OmegaConf.merge(OmegaConf.structured(cls), plain)
+    if complete is not None:
+        complete(cast(DictConfig, typed))
     if missing := [path for path, node in _nodes(typed) if node._is_missing()]:
         raise UserError(_missing(cls, missing))
     return cast(T, OmegaConf.to_object(typed))
@@ -99,7 +114,7 @@ def _missing(cls: type[Any], keys: list[str]) -> str:
     parts = [f"{key}=..." + (f" ({text})" if (text := comment_of(cls, key)) else "") for key in shown]
     if len(shown) < len(keys):
         groups = group_choices()
-        parts.append(f"recipe={'|'.join(groups['recipe'])} or model={'|'.join(groups['model'])}")
+        parts.append(f"recipe={'|'.join(groups['recipe'])} or model={'|'.join(groups['model'])} or init.hf=FOLDER")
     return f"missing: {', '.join(parts)}"
 
 
@@ -133,6 +148,8 @@ def _explained(config_name: str, overrides: Sequence[str], build: Callable[[], T
 
     try:
         return build()
+    except UserError:
+        raise
     except MissingConfigException as error:
         raise UserError(_unknown_choice(error)) from error
     except (HydraException, OmegaConfBaseException, ValueError) as error:

@@ -37,6 +37,8 @@ def walk(cls: type[Any], prefix: str = "") -> Iterator[FieldDoc]:
     hints = typing.get_type_hints(cls)
     for field in dataclasses.fields(cls):
         hint, key = _without_none(hints[field.name]), f"{prefix}{field.name}"
+        if dataclasses.is_dataclass(field.default_factory):  # it may be a subclass with defaults of its own
+            hint = field.default_factory
         value_type = typing.get_args(hint)[1] if typing.get_origin(hint) is dict else None
         if dataclasses.is_dataclass(hint):
             yield from walk(typing.cast("type[Any]", hint), f"{key}.")

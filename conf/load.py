@@ -31,9 +31,10 @@ def load_train_config(path: Path) -> TrainConfig:
     return to_typed(OmegaConf.load(path), TrainConfig, str(path))
 
 
-def save_config(config: object, path: Path) -> None:
-    """Write a typed configuration as readable YAML: whole or not at all."""
+def save_config(config: object, path: Path, comment: str = "") -> None:
+    """Write a typed configuration as readable YAML: whole or not at all. `comment` stands above it, line by line."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(OmegaConf.to_yaml(OmegaConf.structured(config)), encoding="utf-8")
+    head = "".join(f"# {line}\n" for line in comment.splitlines())
+    temporary.write_text(head + OmegaConf.to_yaml(OmegaConf.structured(config)), encoding="utf-8")
     temporary.replace(path)

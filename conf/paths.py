@@ -8,7 +8,7 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class RunPaths:
-    """A run folder: `config.yaml`, `metrics.jsonl`, `checkpoints/`, `eval/`, `plots/`, `hf/`, `report.html`."""
+    """A run folder: `config.yaml`, `metrics.jsonl`, `changes.jsonl`, `checkpoints/`, `eval/`, `plots/`, `hf/`, `report.html`."""
 
     root: Path
 
@@ -19,6 +19,10 @@ class RunPaths:
     @property
     def metrics(self) -> Path:
         return self.root / "metrics.jsonl"
+
+    @property
+    def changes(self) -> Path:
+        return self.root / "changes.jsonl"  # what `resume.allow` let change, and at which step
 
     @property
     def logs(self) -> Path:

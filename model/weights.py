@@ -55,6 +55,16 @@ def find_checkpoint(path: Path) -> Path:
     raise UserError(f"{path}: {state}: name a run folder or a checkpoint made by `moba train`")
 
 
+def newest_checkpoint(path: Path) -> Path:
+    """As `find_checkpoint`, by name alone: nothing is verified. For a look at its configuration."""
+    if CheckpointPaths(path).manifest.is_file():
+        return path
+    checkpoints = list_checkpoints(path)
+    if not checkpoints:
+        raise UserError(f"{path} holds no finished checkpoint: name a run folder or one of its checkpoints")
+    return checkpoints[-1]
+
+
 def verify_checkpoint(path: Path) -> None:
     """Compare every file with the manifest, by size and SHA-256.
 
