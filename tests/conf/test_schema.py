@@ -57,7 +57,8 @@ def test_every_class_hangs_on_a_root() -> None:
 
     def visit(cls: type[Any]) -> None:
         reached.add(cls)
-        for hint in typing.get_type_hints(cls).values():
+        made = [field.default_factory for field in dataclasses.fields(cls)]  # may be a subclass of the hint
+        for hint in (*typing.get_type_hints(cls).values(), *made):
             for part in (hint, *typing.get_args(hint)):
                 if dataclasses.is_dataclass(part) and part not in reached:
                     visit(typing.cast("type[Any]", part))

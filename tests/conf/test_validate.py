@@ -58,7 +58,7 @@ RULES: list[tuple[list[str], int, list[str]]] = [
     ([f"{S}.attention.topk_warmup_until=0.5"], 1, ["topk_warmup=[]", f"{S}.attention.topk_warmup_until=0.5"]),
     ([f"{S}.rope.kind=magic"], 1, [f"{S}.rope.kind=magic", "yarn"]),
     ([f"{S}.rope.factor=2"], 1, [f"{S}.rope.factor=2", f"{S}.rope.kind=default", "linear"]),
-    ([f"{S}.rope.theta=-1"], 1, [f"{S}.rope.theta=-1", "above 1"]),
+    ([f"{S}.rope.theta=-1"], 1, [f"{S}.rope.theta=-1", "must be"]),
     ([f"{S}.rope.kind=yarn"], 1, [f"{S}.rope.original_seq_len=0", "yarn"]),
     (
         [f"{S}.rope={{kind: llama3, original_seq_len: 64, low_freq_factor: 4}}"],
