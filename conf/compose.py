@@ -94,8 +94,22 @@ def _hydra(config_name: str, overrides: Sequence[str]) -> DictConfig:
     from hydra import compose as hydra_compose
     from hydra import initialize_config_module
 
+    entries = [parsed for parsed in _parse(overrides) if _adds_entry(parsed.input_line)]
+    rest = [item for item in overrides if not _adds_entry(item)]
     with initialize_config_module("conf", version_base="1.3"):
-        return hydra_compose(config_name, overrides=list(overrides))
+        composed = hydra_compose(config_name, overrides=rest)
+    for parsed in entries:
+        value: Any = parsed.value()
+        for name in reversed(parsed.key_or_group.split(".")):
+            value = {name: value}
+        OmegaConf.set_struct(composed, False)
+        composed = cast(DictConfig, OmegaConf.merge(composed, value))
+    return composed
+
+
+def _adds_entry(override: str) -> bool:
+    """Whether it is `+key=...` in a dict of dataclasses (`+data.sets.web={path: x}`), where Hydra adds nothing."""
+    return re.match(r"\+(data\.sets\.\w|stages\.[\w-]+\.data\.rules\.\w)", override) is not None
 
 
 def _resolved(composed: DictConfig, cls: type[T], complete: Callable[[DictConfig], None] | None) -> T:

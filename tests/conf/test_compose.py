@@ -125,3 +125,10 @@ def test_override_keys() -> None:
     asked = override_keys(["a=1", "+stage@stages.b=full", "~f", "out=runs/x y"])
     assert asked == {"a": 1, "stage@stages.b": "full", "f": None, "out": "runs/x y"}
     assert [is_group(key) for key in asked] == [False, True, False, False]
+
+
+def test_a_data_set_or_a_rule_is_added_by_name() -> None:
+    config = compose("train", [*QUICK, "+data.sets.web={path: x, source: y}", "+stages.long.data.rules.a.set=web"])
+    assert (config.data.sets["web"].path, config.data.sets["web"].source) == ("x", "y")
+    assert config.stages["long"].data.rules["a"].set == "web" and "stdlib" in config.data.sets
+    assert "data.sets.web.pth" in refusal([*QUICK, "+data.sets.web={pth: x}"])
