@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from conf.schema import ModelConfig
 from model.cache import KVCache
 from model.decode import decode_attention
+from model.execution import PLAIN, Execution
 from model.full import full_attention
 from model.key_conv import KeyConv
 from model.layers import RMSNorm
@@ -43,9 +44,9 @@ class Packed(NamedTuple):
 class Attention(nn.Module):
     """Grouped-query attention, with optional bias on q, k, v (Qwen2) and norm of q and k (Qwen3)."""
 
-    def __init__(self, config: ModelConfig, layer: int, backend: str) -> None:
+    def __init__(self, config: ModelConfig, layer: int, backend: str, execution: Execution = PLAIN) -> None:
         super().__init__()
-        self.layer, self.backend = layer, backend
+        self.layer, self.backend, self.parallel = layer, backend, execution.parallel
         self.head_dim = head_dim(config)
         q_out, kv_out = config.num_heads * self.head_dim, config.num_kv_heads * self.head_dim
         self.q_proj = nn.Linear(config.hidden_size, q_out, bias=config.qkv_bias)
@@ -70,7 +71,11 @@ class Attention(nn.Module):
 
         With a cache, what its phase says is done: prefill stores keys and values and attends as without a
         cache; decode takes one token per row and attends to what is stored.
+
+        Under sequence parallelism x holds this rank's columns, and `packed.cu_seqlens` the borders of whole rows.
         """
+        if self.parallel is not None and cache is not None:
+            raise ValueError("a KV cache needs whole rows: build the model without sequence parallelism")
         q, k, v = self._qkv(x, packed, cache)
         if cache is not None and cache.phase == "decode":
             cache.append(self.layer, k, v)
@@ -78,7 +83,7 @@ class Attention(nn.Module):
         else:
             if cache is not None:
                 cache.store_prompt(self.layer, k, v)
-            out = self._attend(q, k, v, packed, layer_plan, probe)
+            out = self._attend_whole(q, k, v, x.shape[0], packed, layer_plan, probe)
         return self.o_proj(out.reshape(*x.shape[:-1], -1))
 
     def _qkv(self, x: Tensor, packed: Packed, cache: KVCache | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -103,6 +108,15 @@ class Attention(nn.Module):
             cache.store_raw_keys(self.layer, k)
         out: Tensor = conv(k, packed.positions)
         return out
+
+    def _attend_whole(
+        self, q: Tensor, k: Tensor, v: Tensor, rows: int, packed: Packed, layer_plan: LayerPlan, probe: Probe | None
+    ) -> Tensor:
+        """Attention over whole documents, by exchanging columns for heads where a rank holds only some columns."""
+        if self.parallel is None:
+            return self._attend(q, k, v, packed, layer_plan, probe)
+        q, k, v = self.parallel.to_heads(q, k, v, rows)
+        return self.parallel.to_sequence(self._attend(q, k, v, packed, layer_plan, probe), rows)
 
     def _attend(
         self, q: Tensor, k: Tensor, v: Tensor, packed: Packed, layer_plan: LayerPlan, probe: Probe | None
