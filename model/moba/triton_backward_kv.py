@@ -104,7 +104,7 @@ def _dkv_kernel(
         d = tl.arange(0, D)
         r = tl.arange(0, ROWS)
         key = first_key + n
-        if FUSED or KEYS > 64 or D < 128:  # which of the two ways to load costs no registers differs
+        if FUSED or KEYS > 64:  # which of the two ways to load costs no registers differs
             at_key = (key.to(tl.int64) * num_kv_heads + head)[:, None] * D + d[None, :]
             k = tl.load(k_ptr + at_key, mask=(key < end)[:, None], other=0.0)
             v = tl.load(v_ptr + at_key, mask=(key < end)[:, None], other=0.0)

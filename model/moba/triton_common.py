@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import triton
@@ -60,6 +61,7 @@ class Tiles:
     fused: Tile | None = None  # dk, dv and dq partials in one kernel: a tile that covers the block
 
 
+@cache
 def tiles_for(head_dim: int, block_size: int, num_blocks: int) -> Tiles:
     """Measured winners on one H200; in the interpreter tiny tiles, so that small inputs have many of them."""
     keys = min(64, next_power_of_two(block_size))

@@ -1,0 +1,1 @@
+"""Speed of the parts, measured after they were shown to be right."""

@@ -1,0 +1,77 @@
+"""Timing on a GPU: device events around back-to-back runs, median of several; peak memory of one run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+GRAPH_UP_TO = 1 << 15  # tokens; shorter problems are timed inside a CUDA graph, without the host's launches
+_TARGET_MS = 150.0  # of measuring per function
+_GIB = 1 << 30
+
+
+@dataclass(frozen=True)
+class Timed:
+    """Milliseconds of forward, and of forward plus backward; peak GiB, inputs and gradients included."""
+
+    fwd_ms: float
+    fwd_bwd_ms: float
+    peak_gib: float
+    eager_fwd_bwd_ms: float
+
+
+def measure(
+    forward: Callable[[], torch.Tensor], leaves: tuple[torch.Tensor, ...], dout: torch.Tensor, tokens: int
+):
+    """Times `forward` and its backward. Short problems run in a CUDA graph; `eager_fwd_bwd_ms` never does."""
+
+    def fwd() -> Any:
+        with torch.no_grad():
+            return forward()
+
+    def both() -> Any:
+        return torch.autograd.grad(forward(), leaves, dout)
+
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    both()
+    torch.cuda.synchronize()
+    peak = torch.cuda.max_memory_allocated() / _GIB
+    eager = _median_ms(both)
+    if tokens > GRAPH_UP_TO:
+        return Timed(_median_ms(fwd), eager, peak, eager)
+    return Timed(_median_ms(_captured(fwd)), _median_ms(_captured(both)), peak, eager)
+
+
+def _captured(run: Callable[[], Any]) -> Callable[[], Any]:
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        run()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    return graph.replay
+
+
+def _median_ms(run: Callable[[], Any], samples: int = 5) -> float:
+    first = _once_ms(run, 1)
+    if first > 1000:  # seconds long: the first run, after the untimed one, is the measurement
+        return first
+    repeats = max(1, round(_TARGET_MS / samples / max(first, 1e-3)))
+    return sorted(_once_ms(run, repeats) for _ in range(samples))[samples // 2]
+
+
+def _once_ms(run: Callable[[], Any], repeats: int) -> float:
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    torch.cuda.synchronize()
+    start.record()
+    for _ in range(repeats):
+        run()
+    end.record()
+    torch.cuda.synchronize()
+    return float(start.elapsed_time(end)) / repeats
