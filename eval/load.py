@@ -12,6 +12,7 @@ import torch
 
 from conf.domains import set_of
 from conf.errors import UserError
+from conf.inherit import stage_ropes
 from conf.load import load_train_config
 from conf.paths import CheckpointPaths, RunPaths
 from conf.schema import EvalAttentionConfig, ModelConfig, RopeConfig, TrainConfig
@@ -95,7 +96,7 @@ def find_source(path: Path) -> Source:
         path=checkpoint,
         name=f"{run.name} {checkpoint.name}" if in_run else checkpoint.name,
         config=config.model,
-        rope=stage.rope,
+        rope=stage_ropes(config.stages)[state["stage"]],
         seq_len=stage.seq_len,
         moba=moba_settings(config, state["stage"]),
         data=_sets(config, state["stage"]),

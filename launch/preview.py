@@ -5,6 +5,7 @@ from __future__ import annotations
 from rich.markup import escape
 from rich.table import Table
 
+from conf.inherit import stage_ropes
 from conf.schema import AttentionConfig, RopeConfig, StageConfig, TrainConfig
 from launch.command import console
 from launch.stages import Progress
@@ -24,14 +25,17 @@ def print_plan(config: TrainConfig, progress: Progress) -> None:
     table = Table()
     for name in ("stage", "seq_len", "tokens", "steps", "batch", "attention", "rope", "lr", "data"):
         table.add_column(name, justify="right" if name in ("seq_len", "tokens", "steps", "batch") else "left")
+    ropes = stage_ropes(config.stages)
     for name, stage in config.stages.items():
-        table.add_row(*(escape(cell) for cell in (name, *_row(stage, config))))
+        table.add_row(*(escape(cell) for cell in (name, *_row(stage, config, ropes[name]))))
     out.print(table)
     total = sum(num_steps(stage) for stage in config.stages.values())
     last = total if config.max_steps is None else min(total, config.max_steps)
     out.print(
         f"{sum(stage.tokens for stage in config.stages.values()):,} tokens in {total} steps; stops at {last}"
     )
+    if start := config.init.hf or config.init.checkpoint:
+        out.print(f"starts from {escape(start)}")
     if progress.stage:
         out.print(f"{escape(config.out)} is at step {progress.step}, stage {progress.stage}")
 
@@ -58,7 +62,7 @@ def attention_text(attention: AttentionConfig, num_layers: int) -> str:
     return "; ".join(parts)
 
 
-def _row(stage: StageConfig, config: TrainConfig) -> list[str]:
+def _row(stage: StageConfig, config: TrainConfig, rope: RopeConfig) -> list[str]:
     rate = stage.lr
     weights = sum(stage.data.domains.values())
     data_parallel = config.launch.nproc // config.mesh.sequence_parallel
@@ -69,7 +73,7 @@ def _row(stage: StageConfig, config: TrainConfig) -> list[str]:
         str(num_steps(stage)),
         f"{stage.global_batch} = {data_parallel}x{stage.micro_batch}x{accumulation}",
         attention_text(stage.attention, config.model.num_layers),
-        _rope_text(stage.rope),
+        _rope_text(rope),
         f"{rate.peak:g} {rate.schedule}, warmup {rate.warmup:.0%}, to {rate.peak * rate.min_ratio:g}",
         ", ".join(f"{name} {weight / weights:.0%}" for name, weight in stage.data.domains.items()),
     ]

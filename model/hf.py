@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from conf.errors import UserError
+from conf.inherit import stage_ropes
 from conf.load import load_train_config
 from conf.paths import CheckpointPaths
 from conf.schema import ModelConfig, RopeConfig, TrainConfig
@@ -116,7 +117,8 @@ def export_hf(checkpoint: Path, out: Path, dtype: str) -> Path:
     if name not in config.stages:
         raise UserError(f"{path}: stage {name} of state.json is not in config.yaml: copy the checkpoint again")
     stage = config.stages[name]
-    description = to_config_json(config.model, stage.rope, seq_len=stage.seq_len, dtype=dtype)
+    rope = stage_ropes(config.stages)[name]
+    description = to_config_json(config.model, rope, seq_len=stage.seq_len, dtype=dtype)
     moba = moba_settings(config, name)
     if moba is not None:
         description["moba"] = moba

@@ -13,6 +13,7 @@ from conf.schema import ModelConfig
 
 EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
+KEY_CONV = "key_conv.weight"  # how the names of the key convolution end
 
 
 def head_dim(config: ModelConfig) -> int:
@@ -58,7 +59,7 @@ def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     if config.qk_norm:
         layer |= {"self_attn.q_norm.weight": (dim,), "self_attn.k_norm.weight": (dim,)}
     if config.key_conv:
-        layer |= {"self_attn.key_conv.weight": (config.key_conv, config.num_kv_heads, dim)}
+        layer |= {f"self_attn.{KEY_CONV}": (config.key_conv, config.num_kv_heads, dim)}
     shapes: dict[str, tuple[int, ...]] = {EMBEDDING: (config.vocab_size, hidden)}
     for index in range(config.num_layers):
         shapes |= {f"model.layers.{index}.{name}": shape for name, shape in layer.items()}

@@ -7,7 +7,7 @@ same order.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from conf.errors import UserError
+from model.weights import check_names, load_weights
 from train.engine import DeepSpeedEngine
 
 WEIGHT = ""  # key of the master weight itself beside AdamW's two moments
@@ -123,11 +124,7 @@ def put_full(engine: DeepSpeedEngine, param: nn.Parameter, key: str, value: Tens
         target.copy_(value)
     elif stage == 3:
         # safe_set_full_* cannot cut a parameter whose size is no multiple of the world: it knows no padding.
-        cut: Any = param  # with the attributes ZeRO-3 adds
-        part = cut.ds_tensor.numel()
-        rank = torch.distributed.get_rank(group=cut.ds_process_group)
-        mine = value.flatten()[rank * part : (rank + 1) * part]
-        mine = torch.nn.functional.pad(mine, (0, part - mine.numel()))
+        mine = _own_part(param, value)
         if key == WEIGHT:
             safe_set_local_fp32_param(param, mine)
         else:
@@ -138,7 +135,37 @@ def put_full(engine: DeepSpeedEngine, param: nn.Parameter, key: str, value: Tens
         safe_set_full_optimizer_state(param, value, key)
 
 
-def put_weights(engine: DeepSpeedEngine, weights: Iterator[tuple[str, Tensor]]) -> None:
+def _own_part(param: Any, value: Tensor) -> Tensor:
+    """The piece of `value` that this rank holds of `param` under ZeRO-3, zeros behind its end. Local."""
+    part = param.ds_tensor.numel()
+    rank = torch.distributed.get_rank(group=param.ds_process_group)
+    mine = value.flatten()[rank * part : (rank + 1) * part]
+    return torch.nn.functional.pad(mine, (0, part - mine.numel()))
+
+
+@torch.no_grad()
+def fill_model(model: nn.Module, weights: Iterable[tuple[str, Tensor]], where: str) -> None:
+    """Give a model that has no engine yet its weights, tensor by tensor. Local.
+
+    Where ZeRO-3 has cut the parameters (see `train.engine.build_model`), each rank keeps its own pieces.
+
+    Raises:
+        UserError: missing, extra or misshapen tensors.
+    """
+    params = dict(model.named_parameters())
+    if not any(hasattr(param, "ds_tensor") for param in params.values()):
+        load_weights(model, weights, where)
+        return
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, value in weights:
+        shapes[name] = tuple(value.shape)
+        if name in params and full_shape(params[name]) == value.shape:
+            cut: Any = params[name]
+            cut.ds_tensor.copy_(_own_part(cut, value))
+    check_names(shapes, {name: tuple(full_shape(param)) for name, param in params.items()}, where)
+
+
+def put_weights(engine: DeepSpeedEngine, weights: Iterable[tuple[str, Tensor]]) -> None:
     """Overwrite the fp32 master weights with full tensors by name; every parameter must come once. Local.
 
     `build_engine` was given the same values, so that the model's rounded copy of them agrees already.

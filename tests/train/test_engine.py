@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from conf.errors import UserError
+from conf.schema import RopeConfig
 from model.schedule import plan
 from model.transformer import CausalLM
 from tests.gloo import GlooPool
@@ -25,7 +26,7 @@ def oracle(tied: bool = False) -> dict[str, Any]:
     """Five steps in plain PyTorch: the whole global batch at once, no DeepSpeed, no process group."""
     config = tiny_config(tied=tied)
     stage = config.stages["one"]
-    model = CausalLM(config.model, stage.rope, stage.attention.backend)
+    model = CausalLM(config.model, RopeConfig(), stage.attention.backend)
     model.init_weights(torch.Generator().manual_seed(config.seed))
     adamw = build_adamw(model, config.optim, torch.device("cpu"))
     plans = plan(stage.attention, 2, 0.0)
@@ -92,7 +93,7 @@ def test_bf16_stages_agree(pool2: GlooPool) -> None:
 def test_bf16_starts_from_the_unrounded_weights(pool2: GlooPool) -> None:
     """Masters after zero steps are the fp32 draw, not its bf16 rounding."""
     config = tiny_config()
-    model = CausalLM(config.model, config.stages["one"].rope, "reference")
+    model = CausalLM(config.model, RopeConfig(), "reference")
     model.init_weights(torch.Generator().manual_seed(config.seed))
     for zero_stage in (1, 2, 3):
         got = pool2(train, zero_stage, "bf16", 0)[0]

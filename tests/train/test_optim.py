@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from conf.schema import LrConfig
+from conf.schema import LrConfig, RopeConfig
 from tests.train.jobs import tiny_config
 from train.optim import lr_at, parameter_groups
 
@@ -44,7 +44,7 @@ def test_matrices_decay_and_nothing_else() -> None:
     config = tiny_config()
     config.model.qk_norm = config.model.qkv_bias = True
     config.model.key_conv = 3
-    model = CausalLM(config.model, config.stages["one"].rope, "reference")
+    model = CausalLM(config.model, RopeConfig(), "reference")
     names = {id(param): name for name, param in model.named_parameters()}
     decayed, plain = parameter_groups(model.named_parameters(), 0.1)
     assert (decayed["weight_decay"], plain["weight_decay"]) == (0.1, 0.0)
