@@ -9,7 +9,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 quickstart: $(VENV)/.installed  ## install, train a small MoBA model on real text, evaluate it, write the report
 	$(BIN)/moba train recipe=quickstart out=runs/quickstart
 	$(BIN)/moba export checkpoint=runs/quickstart out=runs/quickstart/hf
-	$(BIN)/moba eval checkpoint=runs/quickstart out=runs/quickstart
+	$(BIN)/moba eval checkpoint=runs/quickstart out=runs/quickstart loss.tokens=32768 ruler.samples=4
 	@echo "Report: runs/quickstart/report.html"
 
 test: $(VENV)/.installed-dev  ## lint, types and the test suite

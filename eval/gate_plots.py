@@ -33,7 +33,7 @@ def gate_choices(layers: Sequence[LayerGate], theme: Theme) -> bytes | None:
         return None
     rows = [layers[i] for i in spread(len(layers), MAX_LAYERS)]
     heads = spread(rows[0].choice.shape[0], MAX_HEADS)
-    with canvas(theme, 1.9 * (len(heads) + 1) + 1.0, 1.95 * len(rows) + 0.5) as figure:
+    with canvas(theme, 1.9 * (len(heads) + 1) + 1.0, 1.62 * len(rows) + 0.75) as figure:
         grid = figure.subplots(len(rows), len(heads) + 1, squeeze=False, sharex=True, sharey=True)
         image: Any = None
         for line, gate in zip(grid, rows, strict=True):
@@ -48,7 +48,8 @@ def gate_choices(layers: Sequence[LayerGate], theme: Theme) -> bytes | None:
         for axes in grid[-1]:
             axes.set_xlabel("key block")
         bar = figure.colorbar(image, ax=grid, shrink=0.7, pad=0.01)
-        bar.set_label("share of queries that read the block")
+        bar.set_ticks([0.01, 0.1, 1], labels=["1 %", "10 %", "100 %"])
+        bar.set_label("queries that read the block")
         bar.outline.set_visible(False)
         return png_of(figure)
 
@@ -57,6 +58,7 @@ def gate_value(layers: Sequence[LayerGate], theme: Theme) -> bytes | None:
     """Left: share of full attention's mass kept by the gate, by the best and by the nearest blocks, per layer.
     Right: how far back the chosen blocks lie."""
     import numpy as np
+    from matplotlib import colormaps
 
     measured = [gate for gate in layers if gate.queries]
     if not measured:
@@ -65,7 +67,7 @@ def gate_value(layers: Sequence[LayerGate], theme: Theme) -> bytes | None:
         left, right = figure.subplots(1, 2)
         x = np.arange(len(measured))
         bars = (
-            ("own block alone", "mass_own", theme.grid),
+            ("own block alone", "mass_own", theme.bar),
             ("nearest blocks", "mass_window", theme.faint),
             ("chosen by the gate", "mass_kept", theme.moba),
             ("best possible", "mass_best", theme.full),
@@ -81,10 +83,10 @@ def gate_value(layers: Sequence[LayerGate], theme: Theme) -> bytes | None:
         left.set_title("Share of full attention's mass")
         left.legend(loc="upper left", ncols=2, fontsize=8.5)
         for i, gate in enumerate(measured):
-            strength = 0.35 + 0.65 * (i + 1) / len(measured)
+            colour = colormaps["plasma"](0.2 + 0.6 * i / max(len(measured) - 1, 1))
             name = f"layer {gate.layer}" if i in spread(len(measured), 6) else "_nolegend_"
             distance = range(1, len(gate.distance) + 1)
-            right.plot(distance, gate.distance, marker=".", color=theme.moba, alpha=strength, label=name)
+            right.plot(distance, gate.distance, marker=".", color=colour, label=name)
         right.set_xlabel("distance to the chosen block (blocks)")
         right.set_title("Share of choices by distance")
         right.set_ylim(bottom=0)

@@ -25,7 +25,7 @@ section {{ background: var(--card); border: 1px solid var(--line); border-radius
   margin: 0 0 18px; }}
 section > p {{ max-width: 74ch; margin: 6px 0 12px; }}
 .note {{ color: var(--faint); font-size: 0.88rem; }}
-.tiles {{ display: grid; grid-template-columns: repeat(auto-fit, minmax(165px, 1fr)); gap: 12px;
+.tiles {{ display: grid; grid-template-columns: repeat(auto-fit, minmax(150px, 1fr)); gap: 12px;
   margin: 0 0 18px; }}
 .tile {{ background: var(--card); border: 1px solid var(--line); border-radius: 12px; padding: 12px 16px; }}
 .tile b {{ display: block; font-size: 1.5rem; line-height: 1.25; font-variant-numeric: tabular-nums; }}

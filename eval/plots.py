@@ -70,6 +70,8 @@ def loss_by_tokens(rows: Sequence[Row], theme: Theme) -> bytes | None:
             color=theme.moba,
             markeredgecolor=theme.paper,
             markersize=6,
+            clip_on=False,
+            zorder=3,
             label="held out",
         )
         _stages(axes, train, unit, theme)
@@ -136,7 +138,8 @@ def loss_by_position(loss: dict[str, Any], theme: Theme) -> bytes | None:
             left.fill_between(
                 x, _offset(y, error, -1), _offset(y, error, 1), color=colour, alpha=0.15, linewidth=0
             )
-            left.plot(x, y, marker="o", markersize=3.5, color=colour, linewidth=1.6, label=name)
+            width = 3.2 if name == "full" else 1.6  # curves that coincide stay visible
+            left.plot(x, y, marker="o", markersize=3.5, color=colour, linewidth=width, label=name)
             law = loss.get("power_law", {}).get(name)
             if law:
                 fitted = [law["offset"] + law["scale"] * p ** -law["exponent"] for p in x]

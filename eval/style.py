@@ -15,6 +15,7 @@ class Theme:
     ink: str
     faint: str  # axes, secondary text
     grid: str
+    bar: str  # the least important bar of a chart
     full: str
     moba: str
     accent: str
@@ -47,7 +48,10 @@ class Theme:
             "axes.labelsize": 10,
             "font.size": 9.5,
             "font.family": "DejaVu Sans",
-            "legend.frameon": False,
+            "legend.frameon": True,
+            "legend.facecolor": self.paper,
+            "legend.edgecolor": "none",
+            "legend.framealpha": 0.85,
             "figure.dpi": 110,
             "savefig.dpi": 150,
             "text.parse_math": False,  # names are text, whatever they spell
@@ -60,6 +64,7 @@ LIGHT = Theme(
     ink="#1b2330",
     faint="#667085",
     grid="#e8ebf0",
+    bar="#c5ccd8",
     full="#2563c9",
     moba="#d9601a",
     accent="#5b6472",
@@ -72,6 +77,7 @@ DARK = Theme(
     ink="#e6eaf2",
     faint="#98a2b3",
     grid="#2a3140",
+    bar="#475064",
     full="#6ea8ff",
     moba="#ff9a56",
     accent="#b4bcc9",

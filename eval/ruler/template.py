@@ -1,6 +1,8 @@
 """RULER's texts: task prompts, answer prefixes, budgets and model templates, letter by letter.
 
-Source: NVIDIA RULER v1 (Apache-2.0), `scripts/data/synthetic/constants.py` and `scripts/data/template.py`.
+Source: NVIDIA RULER v1, `scripts/data/synthetic/constants.py` and `scripts/data/template.py`; the texts are
+Copyright (c) 2024 NVIDIA CORPORATION, Apache License 2.0. Model templates that need control tokens are left out:
+here a prompt is plain text.
 A prompt is the model template around the task text, followed by the answer prefix: the prefix begins the
 answer, after the assistant header, for base and chat models alike.
 """
