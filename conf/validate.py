@@ -88,6 +88,21 @@ def _mesh(config: TrainConfig, world_size: int) -> None:
         )
 
 
+    kv_heads = config.model.num_kv_heads
+    if kv_heads % parallel and parallel % kv_heads:
+        fits = [n for n in range(1, config.model.num_heads + 1) if _shares_heads(config.model, n)]
+        raise UserError(
+            f"mesh.sequence_parallel={parallel} and model.num_kv_heads={kv_heads} do not fit: one must be a "
+            f"multiple of the other; use mesh.sequence_parallel={_any_of(fits)}"
+        )
+
+
+def _shares_heads(model: ModelConfig, parallel: int) -> bool:
+    """Whether `parallel` ranks can share the model's heads evenly."""
+    kv_fits = not (model.num_kv_heads % parallel and parallel % model.num_kv_heads)
+    return model.num_heads % parallel == 0 and kv_fits
+
+
 def _engine(config: TrainConfig) -> None:
     if config.engine.precision == "bf16" and config.engine.zero_stage == 0:
         raise UserError(

@@ -108,17 +108,22 @@ class _TiledCrossEntropy(torch.autograd.Function):
         return grad_hidden, None if grad_weight is None else grad_weight.to(weight_VC.dtype), None, None
 
 
-def sum_losses(losses_RS: Tensor, labels_RS: Tensor, positions_RS: Tensor, trailing: int) -> LossSums:
-    """LossSums of per-token losses.
+def sum_losses(
+    losses_RS: Tensor, labels_RS: Tensor, positions_RS: Tensor, trailing: int, cu_seqlens: Tensor, seq_len: int
+) -> LossSums:
+    """LossSums of per-token losses, of whole rows or of some columns of them.
 
     Args:
         losses_RS: fp32, 0 where ignored.
-        labels_RS, positions_RS: of the batch.
+        labels_RS, positions_RS: of the same tokens.
         trailing: the last so many tokens of a row count as trailing, in rows that one document fills; 0: none.
+        cu_seqlens: document borders of the flattened whole rows.
+        seq_len: of whole rows.
     """
     valid = labels_RS != IGNORE_INDEX
-    seq_len = labels_RS.shape[1]
-    full_length = positions_RS[:, -1:] == seq_len - 1
+    row_start = torch.arange(labels_RS.shape[0], dtype=cu_seqlens.dtype, device=cu_seqlens.device) * seq_len
+    next_border = cu_seqlens[torch.searchsorted(cu_seqlens, row_start, right=True)]
+    full_length = (next_border == row_start + seq_len)[:, None]
     tail = full_length & valid & (positions_RS >= seq_len - trailing)
     return LossSums(
         loss_sum=losses_RS.sum(),

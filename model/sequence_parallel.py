@@ -1,5 +1,5 @@
-"""Sequence parallelism by exchange (DeepSpeed-Ulysses, arXiv 2309.14509): shards of the sequence outside attention,
-shards of the heads inside.
+"""Sequence parallelism by exchange (DeepSpeed-Ulysses, arXiv 2309.14509): around attention, shards of the sequence
+become shards of the heads and back.
 
 Every rank of a group holds the same columns of all rows, S / P tokens each, through norms, projections and loss.
 Around attention an all-to-all turns [R * S / P, H, D] into [R * S, H / P, D] and back, so each rank attends over

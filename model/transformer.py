@@ -9,7 +9,7 @@ Shape legend: R rows, S seq_len, T tokens, C hidden_size, V vocab_size.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, cast
 
 import torch
@@ -18,11 +18,12 @@ from torch import Tensor, nn
 from conf.schema import ModelConfig, RopeConfig
 from model.attention import Attention, Packed, Probe
 from model.cache import KVCache
+from model.execution import PLAIN, Execution
 from model.layers import MLP, RMSNorm
 from model.loss import LMHead, LossSums, sum_losses
 from model.rope import Rotary
 from model.schedule import LayerPlan
-from model.shapes import check_shapes, head_dim
+from model.shapes import KEY_CONV, check_shapes, head_dim, parameter_shapes
 
 Plans = Sequence[LayerPlan]
 
@@ -30,9 +31,9 @@ Plans = Sequence[LayerPlan]
 class Block(nn.Module):
     """Pre-norm residual block."""
 
-    def __init__(self, config: ModelConfig, layer: int, backend: str) -> None:
+    def __init__(self, config: ModelConfig, layer: int, backend: str, execution: Execution) -> None:
         super().__init__()
-        self.self_attn = Attention(config, layer, backend)
+        self.self_attn = Attention(config, layer, backend, execution)
         self.mlp = MLP(config.hidden_size, config.intermediate_size)
         self.input_layernorm = RMSNorm(config.hidden_size, config.norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.norm_eps)
@@ -46,10 +47,10 @@ class Block(nn.Module):
 class Trunk(nn.Module):
     """Embedding, blocks, final norm: token ids to hidden states."""
 
-    def __init__(self, config: ModelConfig, rope: RopeConfig, backend: str) -> None:
+    def __init__(self, config: ModelConfig, rope: RopeConfig, backend: str, execution: Execution) -> None:
         super().__init__()
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(Block(config, layer, backend) for layer in range(config.num_layers))
+        self.layers = nn.ModuleList(Block(config, layer, backend, execution) for layer in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.rotary = Rotary(rope, head_dim(config))
 
@@ -76,6 +77,27 @@ class Trunk(nn.Module):
         return self.norm(x)
 
 
+def drawn_weights(config: ModelConfig, seed: int) -> Iterator[tuple[str, Tensor]]:
+    """Fresh weights by name, fp32 on the CPU, one at a time. Each tensor has its own random stream.
+
+    The stream is keyed by seed and name, so the values depend on neither the device, nor the order, nor the number
+    of processes. Matrices are normal with `init_std`; those that write to the residual stream are divided by
+    sqrt(2 * num_layers) (GPT-2, section 2.3). Norm weights are 1, biases 0.
+    """
+    for name, shape in parameter_shapes(config).items():
+        if name.endswith("norm.weight"):
+            yield name, torch.ones(shape)
+        elif name.endswith((".bias", KEY_CONV)):  # at zero, the convolution changes nothing
+            yield name, torch.zeros(shape)
+        else:
+            std = config.init_std
+            if name.endswith(("o_proj.weight", "down_proj.weight")):
+                std /= (2 * config.num_layers) ** 0.5
+            key = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+            stream = torch.Generator().manual_seed(int.from_bytes(key[:8], "little") >> 1)
+            yield name, torch.empty(shape).normal_(0.0, std, generator=stream)
+
+
 class CausalLM(nn.Module):
     """Decoder with output head and loss.
 
@@ -83,16 +105,20 @@ class CausalLM(nn.Module):
         config: shape. May be built under `torch.device("meta")`; then `to_empty` and load or `init_weights`.
         rope: of the current stage; not part of the state.
         backend: attention backend, as in `model.dispatch`.
+        execution: sequence parallelism and the like. Under sequence parallelism every call takes this rank's
+            columns [R, S / P] of whole rows, whose document borders `cu_seqlens` holds, and returns its part.
 
     Raises:
         UserError: an impossible shape or RoPE config.
     """
 
-    def __init__(self, config: ModelConfig, rope: RopeConfig, backend: str = "auto") -> None:
+    def __init__(
+        self, config: ModelConfig, rope: RopeConfig, backend: str = "auto", execution: Execution = PLAIN
+    ) -> None:
         super().__init__()
         check_shapes(config)
-        self.config = config
-        self.model = Trunk(config, rope, backend)
+        self.config, self.execution = config, execution
+        self.model = Trunk(config, rope, backend, execution)
         self.lm_head = LMHead(config.hidden_size, config.vocab_size)
         self._tie()
 
@@ -110,24 +136,10 @@ class CausalLM(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator) -> None:
-        """Draw all weights. Each tensor has its own random stream, keyed by the generator's seed and its name.
-
-        So the values depend on neither the device, nor the order, nor the number of processes. Matrices are
-        normal with `init_std`; those that write to the residual stream are divided by sqrt(2 * num_layers)
-        (GPT-2, section 2.3). Norm weights are 1, biases 0.
-        """
-        for name, parameter in self.named_parameters():
-            if name.endswith("norm.weight"):
-                parameter.fill_(1.0)
-            elif name.endswith((".bias", "key_conv.weight")):  # at zero, the convolution changes nothing
-                parameter.zero_()
-            else:
-                std = self.config.init_std
-                if name.endswith(("o_proj.weight", "down_proj.weight")):
-                    std /= (2 * self.config.num_layers) ** 0.5
-                key = hashlib.sha256(f"{generator.initial_seed()}:{name}".encode()).digest()
-                stream = torch.Generator().manual_seed(int.from_bytes(key[:8], "little") >> 1)
-                parameter.copy_(torch.empty(parameter.shape).normal_(0.0, std, generator=stream))
+        """Draw all weights: `drawn_weights` of the generator's seed."""
+        parameters = dict(self.named_parameters())
+        for name, tensor in drawn_weights(self.config, generator.initial_seed()):
+            parameters[name].copy_(tensor)
 
     def forward(
         self,
@@ -153,7 +165,10 @@ class CausalLM(nn.Module):
             input_ids, positions=positions, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen, plans=plans
         )
         losses = self.lm_head(hidden, labels)
-        return losses if per_token else sum_losses(losses, labels, positions, trailing)
+        if per_token:
+            return losses
+        columns = labels.shape[1] * (self.execution.parallel.size if self.execution.parallel else 1)
+        return sum_losses(losses, labels, positions, trailing, cu_seqlens, columns)
 
     def token_losses(
         self,

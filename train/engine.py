@@ -15,7 +15,11 @@ import torch
 from torch import nn
 
 from conf.errors import UserError
-from conf.schema import OptimConfig, TrainConfig
+from conf.schema import OptimConfig, RopeConfig, TrainConfig
+from model.execution import PLAIN, Execution
+from model.rope import Rotary
+from model.shapes import head_dim, num_parameters
+from model.transformer import CausalLM
 from train.mesh import COLLECTIVE_TIMEOUT, Mesh, build_mesh
 from train.optim import build_adamw
 
@@ -85,19 +89,37 @@ def deepspeed_config(config: TrainConfig, micro_batch: int, accumulation: int, n
     return ds
 
 
+def build_model(
+    config: TrainConfig, name: str, rope: RopeConfig, accumulation: int, execution: Execution = PLAIN
+) -> CausalLM:
+    """The model of stage `name`, its weights still to be filled in (`train.state.fill_model`).
+
+    Under ZeRO-3 every parameter is cut to pieces as soon as it is made: no rank ever holds more than one whole.
+    """
+    stage = config.stages[name]
+    if config.engine.zero_stage < 3:
+        return CausalLM(config.model, rope, stage.attention.backend, execution)
+    import deepspeed
+
+    ds = deepspeed_config(config, stage.micro_batch, accumulation, num_parameters(config.model))
+    with deepspeed.zero.Init(config_dict_or_path=ds):
+        model = CausalLM(config.model, rope, stage.attention.backend, execution)
+    # In there every new floating-point tensor is rounded to the dtype of the parameters, RoPE's frequencies too.
+    model.model.rotary = Rotary(rope, head_dim(config.model))
+    return model
+
+
 def build_engine(
     model: nn.Module, config: TrainConfig, micro_batch: int, accumulation: int, mesh: Mesh
 ) -> DeepSpeedEngine:
-    """Wrap `model` (full fp32 weights on the CPU, equal on all ranks) with ZeRO and AdamW.
+    """Wrap `model` (fp32 weights on the CPU, equal on all ranks, or cut by `build_model`) with ZeRO and AdamW.
 
     The weights become the master weights bit for bit; in bf16 the caller restores them with
     `train.state.put_weights`, since DeepSpeed rounds before it copies.
     """
     import deepspeed
 
-    # Large models will be built on the meta device and filled shard by shard; that belongs here, before
-    # `initialize`, under `deepspeed.zero.Init` for stage 3.
-    numel = sum(p.numel() for p in model.parameters())
+    numel = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
     with contextlib.redirect_stdout(io.StringIO()):  # one of its optimizers prints memory tables unasked
         engine, *_ = deepspeed.initialize(
             model=model,

@@ -1,4 +1,4 @@
-"""Held-out loss during training: deterministic batches, dealt out to the ranks, sums reduced."""
+"""Held-out loss during training: deterministic batches, dealt out to the data-parallel ranks, sums reduced."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from conf.constants import IGNORE_INDEX
 from conf.schema import StageConfig
@@ -16,6 +17,7 @@ from data.loader import heldout_batches
 from data.store import TokenStore
 from eval.loss import sum_losses
 from model.schedule import LayerPlan
+from model.transformer import CausalLM
 from train.engine import DeepSpeedEngine
 from train.mesh import Mesh
 from train.metrics import Row
@@ -29,6 +31,30 @@ def share(batches: Sequence[Batch], rank: int, world: int) -> list[Batch]:
         blank = batches[-1]
         mine.append(replace(blank, labels=torch.full_like(blank.labels, IGNORE_INDEX)))
     return mine
+
+
+class WholeRows:
+    """A model whose ranks hold some columns each, asked for whole rows: each computes its columns, all get all."""
+
+    def __init__(self, model: CausalLM, mesh: Mesh) -> None:
+        self._model, self._mesh = model, mesh
+
+    def token_losses(
+        self,
+        input_ids: Tensor,
+        labels: Tensor,
+        positions: Tensor,
+        cu_seqlens: Tensor,
+        max_seqlen: int,
+        plans: tuple[LayerPlan, ...],
+    ) -> Tensor:
+        """As `CausalLM.token_losses`, fp32 [R, S]. Collective within the sequence-parallel group."""
+        part = self._mesh.cut(Batch(input_ids, labels, positions, cu_seqlens, max_seqlen))
+        losses = self._model.token_losses(
+            part.input_ids, part.labels, part.positions, part.cu_seqlens, part.max_seqlen, plans
+        )
+        parallel = self._model.execution.parallel
+        return losses if parallel is None else parallel.gather_columns(losses)
 
 
 class Heldout:
@@ -47,7 +73,7 @@ class Heldout:
         """
         engine.eval()
         sums = sum_losses(
-            engine.module,
+            WholeRows(engine.module, self._mesh),
             self._mine,
             {"now": plans},
             bucket=self._seq_len,
@@ -56,6 +82,8 @@ class Heldout:
             device=self._mesh.device,
         )["now"]
         engine.train()
+        if self._mesh.sp_rank:  # the whole group has the same sums: they count once
+            sums.table.zero_()
         dist.all_reduce(sums.table)
         report = sums.report()
         row: dict[str, Any] = {"heldout_loss": report.heldout.loss, "heldout_tokens": report.heldout.tokens}

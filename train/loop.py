@@ -1,7 +1,8 @@
 """The training loop. One optimizer step is `train_step`; everything around it is `fit`.
 
-Loss = sum over tokens / valid tokens of the whole global batch (data parallel x accumulation). DeepSpeed
-averages gradients over `world` ranks, so each micro-batch's summed loss is scaled by world / N_global.
+Loss = sum over tokens / valid tokens of the whole global batch (data parallel x sequence parallel x accumulation).
+DeepSpeed averages gradients over `world` ranks, so each micro-batch's summed loss is scaled by world / N_global;
+a rank's micro-batch may be some columns of its rows, which changes nothing here.
 """
 
 from __future__ import annotations
@@ -94,7 +95,7 @@ def train_step(run: Run, micro_batches: list[Batch], plans: Plans, lr: float) ->
         tokens, ranks asked to stop; and the gradient norm before clipping.
     """
     engine, mesh = run.engine, run.mesh
-    num_valid = torch.tensor(sum(batch.num_valid for batch in micro_batches), dtype=torch.int64)
+    num_valid = torch.tensor(sum(mesh.cut(batch).num_valid for batch in micro_batches), dtype=torch.int64)
     num_valid = num_valid.to(mesh.device, non_blocking=True)
     dist.all_reduce(num_valid)
     scale = mesh.world / num_valid.clamp(min=1)
@@ -103,7 +104,7 @@ def train_step(run: Run, micro_batches: list[Batch], plans: Plans, lr: float) ->
     set_lr(engine, lr)
     own_norm = None
     for index, batch in enumerate(micro_batches, start=1):
-        batch = batch.to(mesh.device)
+        batch = mesh.cut(batch.to(mesh.device))
         out = engine(
             input_ids=batch.input_ids,
             labels=batch.labels,

@@ -6,12 +6,14 @@ nothing of it: it sees `world` plain data-parallel ranks, and the loss scale (`t
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
+
+from data.batch import Batch
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)  # checkpoints of large models are hashed while other ranks wait
 
@@ -41,6 +43,26 @@ class Mesh:
     @property
     def is_main(self) -> bool:
         return self.rank == 0
+
+    def cut(self, batch: Batch) -> Batch:
+        """This rank's columns of a batch, as views: [R, S / sp_world] of ids, labels and positions.
+
+        Documents may straddle the cut; `cu_seqlens` and `max_seqlen` stay those of whole rows. Labels were
+        shifted before, so no rank needs its neighbour's tokens.
+        """
+        if self.sp_world == 1:
+            return batch
+        seq_len = batch.input_ids.shape[1]
+        if seq_len % self.sp_world:
+            raise ValueError(f"rows of {seq_len} tokens do not divide into {self.sp_world} equal shards")
+        width = seq_len // self.sp_world
+        columns = slice(self.sp_rank * width, (self.sp_rank + 1) * width)
+        return replace(
+            batch,
+            input_ids=batch.input_ids[:, columns],
+            labels=batch.labels[:, columns],
+            positions=batch.positions[:, columns],
+        )
 
     def broadcast(self, value: Any) -> Any:
         """Rank 0's `value`, a small plain object, on every rank."""

@@ -18,6 +18,7 @@ import torch
 from conf.constants import EXIT_USER_ERROR
 from conf.domains import set_of
 from conf.errors import UserError
+from conf.inherit import stage_ropes
 from conf.load import load_train_config
 from conf.paths import RunPaths
 from conf.process import follow_parent
@@ -25,22 +26,20 @@ from conf.schema import TrainConfig
 from data.loader import TrainLoader
 from data.manifest import load_manifest
 from data.store import TokenStore
-from model.transformer import CausalLM
-from model.weights import load_weights, read_weights
 from train.checkpoint import SaveError, load_engine, newest_valid, prune, read_state, save_checkpoint
-from train.engine import DeepSpeedEngine, build_engine, init_distributed, micro_batches_per_step
+from train.engine import DeepSpeedEngine, build_engine, build_model, init_distributed, micro_batches_per_step
+from train.execution import exchange_text, execution_of
 from train.heldout import Heldout
 from train.loop import Run, fit
 from train.mesh import Mesh
 from train.metrics import MetricsLog, open_metrics
+from train.origin import open_origin
 from train.signals import StopSignal
-from train.state import TrainState, put_weights, reset_optimizer
+from train.state import TrainState, fill_model, put_weights, reset_optimizer
 
 
 def run_stage(config: TrainConfig, name: str, mesh: Mesh) -> int:
     """Train stage `name` of `config` from wherever the run stands. Returns the exit code."""
-    if mesh.sp_world > 1:  # batches are not cut along the sequence yet: each rank would repeat its neighbour
-        raise UserError(f"mesh.sequence_parallel={mesh.sp_world} cannot train yet: use mesh.sequence_parallel=1")
     paths, stage = RunPaths(Path(config.out)), config.stages[name]
     checkpoint = newest_valid(paths.checkpoints, mesh)
     state = starting_state(None if checkpoint is None else read_state(checkpoint), list(config.stages), name)
@@ -64,6 +63,8 @@ def run_stage(config: TrainConfig, name: str, mesh: Mesh) -> int:
     held = open_stores(config, name, "heldout") if config.eval.tokens else {}
     heldout = Heldout(list(held.values()), stage, config.eval.tokens, mesh)
     metrics = open_log(config, state, resumed=checkpoint is not None, mesh=mesh)
+    if mesh.sp_world > 1:
+        metrics.say(f"[{name}] {exchange_text(config, name)}")
     tokenizer = next(iter(stores.values())).tokenizer_path
 
     def save() -> None:
@@ -113,18 +114,16 @@ def starting_state(saved: TrainState | None, chain: list[str], name: str) -> Tra
 def build(
     config: TrainConfig, name: str, checkpoint: Path | None, keep_optimizer: bool, mesh: Mesh
 ) -> DeepSpeedEngine:
-    """Model and engine of a stage, with the checkpoint's weights or freshly drawn ones."""
+    """Model and engine of a stage, with the weights of the checkpoint, of the `init` folder, or freshly drawn."""
     stage = config.stages[name]
-    model = CausalLM(config.model, stage.rope, stage.attention.backend)
-    if checkpoint is None:
-        model.init_weights(torch.Generator().manual_seed(config.seed))
-    else:
-        load_weights(model, read_weights(checkpoint), str(checkpoint))
-    drawn = {} if checkpoint else {key: p.detach().clone() for key, p in model.named_parameters()}
     accumulation = micro_batches_per_step(stage.global_batch, stage.micro_batch, mesh.dp_world)
+    rope, execution = stage_ropes(config.stages)[name], execution_of(config, mesh)
+    model = build_model(config, name, rope, accumulation, execution)
+    origin = open_origin(config, checkpoint, mesh)
+    fill_model(model, origin.weights, origin.name)
     engine = build_engine(model, config, stage.micro_batch, accumulation, mesh)
     if checkpoint is None:
-        put_weights(engine, iter(drawn.items()))
+        put_weights(engine, origin.weights)  # again: in bf16 the engine made its masters of rounded ones
         reset_optimizer(engine, 0)
     else:
         load_engine(engine, checkpoint, with_optimizer=keep_optimizer)

@@ -28,6 +28,11 @@ RULES: list[tuple[list[str], int, list[str]]] = [
     (["mesh.sequence_parallel=2"], 3, ["mesh.sequence_parallel=2", "3 processes", "1 or 3", "2 or 4"]),
     (["mesh.sequence_parallel=3"], 3, ["mesh.sequence_parallel=3", "model.num_heads=4", "1, 2 or 4"]),
     (
+        ["mesh.sequence_parallel=4", "model.num_heads=12", "model.hidden_size=96", "model.num_kv_heads=6"],
+        4,
+        ["mesh.sequence_parallel=4", "model.num_kv_heads=6", "1, 2, 3, 6 or 12"],
+    ),
+    (
         ["mesh.sequence_parallel=4", f"{S}.seq_len=126", f"{S}.tokens=2016"],
         4,
         [f"{S}.seq_len=126", "mesh.sequence_parallel=4", "124 or 128"],

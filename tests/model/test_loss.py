@@ -97,15 +97,16 @@ def test_head_gives_logits_or_losses() -> None:
 def test_sums_and_trailing() -> None:
     seq_len = 6
     positions = torch.stack([torch.arange(seq_len), torch.tensor([0, 1, 2, 0, 1, 2]), torch.arange(seq_len)])
+    cu_seqlens = torch.tensor([0, 6, 9, 12, 18], dtype=torch.int32)
     labels = torch.ones(3, seq_len, dtype=torch.long)
     labels[:, -1] = IGNORE_INDEX
     labels[2, 3] = IGNORE_INDEX
     losses = torch.where(labels == IGNORE_INDEX, 0.0, torch.arange(18.0).view(3, 6))
-    sums = sum_losses(losses, labels, positions, trailing=3)
+    sums = sum_losses(losses, labels, positions, 3, cu_seqlens, seq_len)
     assert float(sums.loss_sum) == float(losses.sum())
     assert int(sums.num_valid) == 14
     # Last three positions of rows 0 and 2 (row 1 holds two documents), ignored labels left out.
     assert float(sums.trailing_sum) == 3 + 4 + 16
     assert int(sums.trailing_valid) == 3
-    none = sum_losses(losses, labels, positions, trailing=0)
+    none = sum_losses(losses, labels, positions, 0, cu_seqlens, seq_len)
     assert (float(none.trailing_sum), int(none.trailing_valid)) == (0.0, 0)

@@ -88,7 +88,7 @@ def make_run(config: TrainConfig, load: str = "", save: str = "") -> Any:
     from train.signals import StopSignal
     from train.state import TrainState
 
-    mesh = init_distributed(1)
+    mesh = init_distributed(config.mesh.sequence_parallel)
     path = Path(load) if load else None
     state = read_state(path) if path else TrainState("one")
     engine = build(config, "one", path, True, mesh)
@@ -99,7 +99,7 @@ def make_run(config: TrainConfig, load: str = "", save: str = "") -> Any:
             save_checkpoint(Path(save), engine, state, config, Path(save) / TOKENIZER, mesh)
 
     run = Run(
-        config, config.stages["one"], engine, mesh, state, stream(mesh.rank, mesh.world, state.stage_step),
+        config, config.stages["one"], engine, mesh, state, stream(mesh.dp_rank, mesh.dp_world, state.stage_step),
         MetricsLog([rows]), StopSignal(), evaluate=lambda plans: {}, save=write,
     )  # fmt: skip
     run.rows = rows.rows  # type: ignore[attr-defined]

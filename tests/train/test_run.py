@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from safetensors.numpy import load_file
 
 from conf.constants import EXIT_REQUEUE, EXIT_USER_ERROR
@@ -24,8 +23,7 @@ from conf.paths import RunPaths, checkpoint_name
 from conf.schema import TrainConfig
 from tests.gloo import GlooPool
 from tests.train import jobs
-from train.mesh import Mesh
-from train.run import run_stage, starting_state, tokens_of_steps
+from train.run import starting_state, tokens_of_steps
 from train.state import TrainState
 
 TIMES = ("tokens_per_s",)
@@ -206,9 +204,3 @@ def test_a_second_interrupt_ends_at_once() -> None:
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=30)
     assert (done.stdout, done.returncode) == ("True\n", 130)
-
-
-def test_sequence_parallelism_is_refused_not_ignored() -> None:
-    mesh = Mesh(rank=0, world=2, sp_world=2, device=torch.device("cpu"), sp_group=None)
-    with pytest.raises(UserError, match=r"mesh\.sequence_parallel=2"):
-        run_stage(TrainConfig(), "any", mesh)
