@@ -32,7 +32,7 @@ def load_train_config(path: Path) -> TrainConfig:
 
 
 def save_config(config: object, path: Path, comment: str = "") -> None:
-    """Write a typed configuration as readable YAML: whole or not at all. `comment` stands above it, line by line."""
+    """Write a typed configuration as readable YAML: whole or not at all. `comment` stands above it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     head = "".join(f"# {line}\n" for line in comment.splitlines())

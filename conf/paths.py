@@ -8,7 +8,7 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class RunPaths:
-    """A run folder: `config.yaml`, `metrics.jsonl`, `changes.jsonl`, `checkpoints/`, `eval/`, `plots/`, `hf/`, `report.html`."""
+    """A run folder: `config.yaml`, `metrics.jsonl`, `checkpoints/`, `eval/`, `hf/`, `report.html` and others."""
 
     root: Path
 

@@ -157,6 +157,6 @@ def _same(fingerprint: str, where: str, origin: Origin, path: str = "") -> None:
     path = path or origin.tokenizer
     if load_tokenizer(path).fingerprint != fingerprint:
         raise UserError(
-            f"{where} has another tokenizer than {origin.key}: its token ids mean other text to the model; prepare "
-            f"the text with tokenizer.path={path}"
+            f"{where} has another tokenizer than {origin.key}: its token ids mean other text to the model; "
+            f"prepare the text with tokenizer.path={path}"
         )

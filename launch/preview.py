@@ -62,6 +62,14 @@ def attention_text(attention: AttentionConfig, num_layers: int) -> str:
     return "; ".join(parts)
 
 
+def plans_text(config: TrainConfig) -> str:
+    """The attention plan of every stage, one line each: stands above `config.yaml`."""
+    layers = config.model.num_layers
+    return "\n".join(
+        f"attention of {name}: {attention_text(stage.attention, layers)}" for name, stage in config.stages.items()
+    )
+
+
 def _row(stage: StageConfig, config: TrainConfig, rope: RopeConfig) -> list[str]:
     rate = stage.lr
     weights = sum(stage.data.domains.values())

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
-from conf.compose import compose, is_group, override_keys, recompose
+from conf.compose import compose_train, is_group, override_keys, recompose
 from conf.errors import UserError
 from conf.load import load_train_config, save_config
 from conf.paths import RunPaths
-from conf.schema import TrainConfig
+from conf.schema import ResumeConfig, TrainConfig
 from conf.validate import validate
 from launch import local
 from launch.command import Command
-from launch.preview import num_steps, print_plan
-from launch.rundir import check_same, run_lock
+from launch.init import Completion, check_origin, check_sets, complete_ropes
+from launch.preview import num_steps, plans_text, print_plan
+from launch.rundir import check_same, check_timely, record_changes, run_lock
 from launch.stages import read_progress, walk
 
 
@@ -23,8 +25,10 @@ def resolve(overrides: Sequence[str]) -> TrainConfig:
     asked = override_keys(overrides)
     saved = RunPaths(Path(str(asked.get("out") or "."))).config
     if "out" in asked and saved.is_file() and not any(map(is_group, asked)):
-        return recompose(load_train_config(saved), overrides)
-    return compose("train", overrides)
+        return complete_ropes(recompose(load_train_config(saved), overrides), None)
+    completion = Completion(asked)
+    config = compose_train(overrides, completion)
+    return complete_ropes(config, completion.origin.rope if completion.origin else None)
 
 
 def run(config: TrainConfig) -> int:
@@ -37,9 +41,13 @@ def run(config: TrainConfig) -> int:
         print_plan(config, read_progress(paths))
         return 0
     with run_lock(paths) as lock:
-        check_same(config, paths)  # again: another start may have held the lock until now
-        prepare_data(config)
-        save_config(config, paths.config)
+        changes = check_same(config, paths)  # again: another start may have held the lock until now
+        progress = read_progress(paths)
+        check_timely(changes, config, progress)
+        prepare_data(config, fresh=not progress.stage)
+        if changes:
+            record_changes(changes, paths, progress)
+        save_config(replace(config, resume=ResumeConfig()), paths.config, comment=plans_text(config))
         code = walk(config, paths, lambda stage: local.start_stage(config, paths, stage, lock))
     if code == 0:
         total = sum(num_steps(stage) for stage in config.stages.values())
@@ -48,12 +56,19 @@ def run(config: TrainConfig) -> int:
     return code
 
 
-def prepare_data(config: TrainConfig) -> None:
-    """Prepare the data sets that can be prepared on demand, and check all against model and each other."""
+def prepare_data(config: TrainConfig, fresh: bool) -> None:
+    """Prepare the data sets that can be prepared on demand, and check all against model and each other.
+
+    `fresh`: nothing has been trained yet, so the folder that `init` names is looked at as well.
+    """
     from data.prepare import prepare_sets
     from data.store import TokenStore
 
+    if fresh:
+        check_origin(config)
     prepare_sets(config.data)
+    if fresh:
+        check_sets(config)
     for name, one in config.data.sets.items():
         key = f"data.sets.{name}"
         store = TokenStore(Path(one.path), "train")

@@ -81,7 +81,7 @@ def save_checkpoint(
     entries: Entries = {}
     for part in _together(mesh, lambda: _write_shards(temporary, engine, mesh)):
         entries.update(part)
-    _together(mesh, lambda: _commit(temporary, final, entries, state, config, tokenizer) if mesh.is_main else None)
+    _together(mesh, lambda: commit(temporary, final, entries, state, config, tokenizer) if mesh.is_main else None)
     return final
 
 
@@ -127,8 +127,8 @@ def _write_shards(folder: Path, engine: DeepSpeedEngine, mesh: Mesh) -> Entries:
         if weights and failure is None:
             index = first + mesh.rank
             try:
-                entries |= _write_tensors(folder, f"weights-{index:05d}.safetensors", weights)
-                entries |= _write_tensors(folder, f"optim-{index:05d}.safetensors", moments)
+                entries |= write_tensors(folder, f"weights-{index:05d}.safetensors", weights)
+                entries |= write_tensors(folder, f"optim-{index:05d}.safetensors", moments)
             except OSError as caught:
                 failure = caught
     if failure is not None:
@@ -140,16 +140,20 @@ def _host_copy(full: Tensor) -> Tensor:
     return full.detach().to("cpu", torch.float32, copy=True).contiguous()
 
 
-def _write_tensors(folder: Path, name: str, tensors: dict[str, Tensor]) -> Entries:
+def write_tensors(folder: Path, name: str, tensors: dict[str, Tensor]) -> Entries:
+    """Write one safetensors file durably; returns its manifest line. Holds the tensors twice for a moment."""
     from safetensors.torch import save
 
     return write_durably(folder, name, save(tensors, metadata={"format": "pt"}))
 
 
-def _commit(
+def commit(
     temporary: Path, final: Path, entries: Entries, state: TrainState, config: TrainConfig, tokenizer: Path
 ) -> None:
-    """Rank 0, after all tensor files lie on the disk: the small files, the manifest, the rename."""
+    """One process, after all tensor files lie in `temporary`: the small files, the manifest, the rename to `final`.
+
+    `entries`: manifest lines of the tensor files. `tokenizer`: folder that is copied.
+    """
     for name, entry in entries.items():
         if (temporary / name).stat().st_size != entry["bytes"]:
             raise OSError(f"{name} is not {entry['bytes']} bytes long on the disk")
