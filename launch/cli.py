@@ -7,14 +7,13 @@ from collections.abc import Sequence
 
 from conf.constants import EXIT_USER_ERROR
 from conf.errors import UserError
-from launch import evaluate, export, prepare, train
+from launch import bench, evaluate, export, import_hf, prepare, train
 from launch.command import Command, complain
 from launch.help import overview, show
 from launch.packages import check_packages
 
-COMMANDS: dict[str, Command] = {
-    command.name: command for command in (train.COMMAND, prepare.COMMAND, export.COMMAND, evaluate.COMMAND)
-}
+_MODULES = (train, prepare, import_hf, export, evaluate, bench)
+COMMANDS: dict[str, Command] = {module.COMMAND.name: module.COMMAND for module in _MODULES}
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 
 
