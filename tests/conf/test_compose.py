@@ -21,12 +21,33 @@ def refusal(overrides: list[str], root: str = "train") -> str:
     return message
 
 
-@pytest.mark.parametrize("recipe", group_choices()["recipe"])
+# Recipes that bring no model of their own: one that fits, and the processes they are made for.
+NEEDS_MODEL = {
+    "extend_to_32k": ("llama_1b", 8),
+    "llama8b_1m_moba": ("llama3_8b", 8),
+    "moba_hybrid": ("moba_1_5b", 8),
+    "prolong_64k_512k": ("llama3_8b", 8),
+}
+
+
+@pytest.mark.parametrize("recipe", [name for name in group_choices()["recipe"] if name not in NEEDS_MODEL])
 @pytest.mark.parametrize("nproc", [1, 2])
 def test_every_recipe_composes_and_validates(recipe: str, nproc: int) -> None:
     config = compose("train", [f"recipe={recipe}", "out=runs/x"])
     assert isinstance(config, TrainConfig)
     validate(config, nproc)
+
+
+@pytest.mark.parametrize("recipe", NEEDS_MODEL)
+def test_recipes_fit_their_natural_world_size(recipe: str) -> None:
+    model, nproc = NEEDS_MODEL[recipe]
+    scaled = ["stages.full_256k.rope.kind=llama3", "stages.full_256k.rope.original_seq_len=8192"]
+    overrides = [f"recipe={recipe}", f"model={model}", "out=runs/x", *(scaled if "1m" in recipe else [])]
+    config = compose("train", overrides)
+    assert config.launch.nproc == nproc
+    validate(config, nproc)
+    with pytest.raises(UserError, match=r"missing: recipe=.* or model=.* or init\.hf=FOLDER"):
+        compose("train", [f"recipe={recipe}", "out=runs/x"])
 
 
 def test_quickstart_is_the_chain_it_promises() -> None:
@@ -100,7 +121,7 @@ def test_what_is_wrong_is_told_in_one_line(override: str, wanted: list[str]) -> 
 
 def test_missing_values_are_named() -> None:
     assert refusal(["recipe=quickstart"]) == "missing: out=... (run folder)"
-    assert "recipe=quickstart|smoke" in refusal(["out=x"])
+    assert "|quickstart|smoke or model=" in refusal(["out=x"])
     assert "stages.m.seq_len" in refusal([*QUICK, "+stage@stages.m=full"])
     assert "source=... (stdlib |" in refusal(["out=x"], root="prepare")
 
