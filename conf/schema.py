@@ -139,18 +139,45 @@ class TokenizerConfig:
 
 
 @dataclass
+class ReadConfig:
+    """How the records of a source become documents."""
+
+    kind: str = "text"  # text | chat: conversations, with loss on the assistant's turns only
+    field: str = ""  # of JSONL, parquet, arrow and hub records; empty: text, for chat messages
+    repos: int = 0  # n: each folder n levels below the source is one document, a code repository; 0: files are
+    subset: str = ""  # configuration of a hub data set
+    split: str = "train"  # of a hub data set
+    max_chars: int = 50_000_000  # a longer document is a bad record
+    on_error: str = "skip"  # a bad record: skip (counted and listed in skipped.jsonl) | fatal
+
+
+@dataclass
+class SyntheticConfig:
+    """Retrieval tasks made up for training: `source: synthetic`. Lengths are of whole documents."""
+
+    tasks: list[str] = field(default_factory=lambda: ["needle", "multikey", "tracking", "copy"])
+    lengths: list[int] = field(default_factory=lambda: [4096])  # each task in each length, nearly filled
+    documents: int = 1000  # per task and length
+    loss: str = "answer"  # answer | all: on which tokens loss is taken
+    seed: int = 0
+
+
+@dataclass
 class DataSetConfig:
     """One prepared set of documents and, if it may be prepared on demand, where its text comes from."""
 
     path: str = MISSING  # folder with manifest.json and token shards
-    source: str = ""  # stdlib | a folder or file of text; empty: the folder must exist
+    source: str = ""  # stdlib | a folder or file | hub:NAME | synthetic; empty: the set must exist
     heldout: float = 0.05  # share of documents kept for evaluation, chosen by hash; 0: none
+    read: ReadConfig = field(default_factory=ReadConfig)
+    synthetic: SyntheticConfig = field(default_factory=SyntheticConfig)
 
 
 @dataclass
 class DataConfig:
     sets: dict[str, DataSetConfig] = field(default_factory=dict)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    workers: int = 0  # processes that tokenise; 0: one per core, fewer for little text
 
 
 @dataclass
@@ -251,7 +278,7 @@ class PrepareConfig:
     """Root of `moba prepare`: one set of documents, tokenised."""
 
     out: str = MISSING
-    source: str = MISSING  # stdlib | a folder or file of text
+    source: str = MISSING  # stdlib | a folder or file | hub:NAME | synthetic
     heldout: float = 0.05  # share of documents kept for evaluation, chosen by hash; 0: none
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
 
@@ -266,6 +293,9 @@ class ExportConfig:
 
 
 @dataclass
+    read: ReadConfig = field(default_factory=ReadConfig)
+    synthetic: SyntheticConfig = field(default_factory=SyntheticConfig)
+    workers: int = 0  # processes that tokenise; 0: one per core, fewer for little text
 class ImportConfig:
     """Root of `moba import`: a Hugging Face folder as a checkpoint."""
 

@@ -9,13 +9,20 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from conf.errors import UserError
+
+
+class Unfinished(UserError):
+    """The work stopped half-way, and can be continued."""
+
 
 @contextmanager
 def exclusive_sibling(out: Path) -> Iterator[Path]:
-    """An empty folder `.tmp-<name>` beside `out`, to be filled and then published under its name.
+    """A folder `.tmp-<name>` beside `out`, to be filled and then published under its name.
 
-    The folder itself is the lock: a second process waits here until the first is done. What a killed process
-    left behind is cleared; what is not published is removed on the way out.
+    The folder itself is the lock: a second process waits here until the first is done. It may hold what a killed
+    or failed process left behind (see `clear`). A UserError removes it; Unfinished, a kill or a fault leaves it to
+    be continued.
     """
     tmp = out.parent / f".tmp-{out.name}"
     tmp.parent.mkdir(parents=True, exist_ok=True)
@@ -27,13 +34,27 @@ def exclusive_sibling(out: Path) -> Iterator[Path]:
             break
         os.close(lock)  # its holder published or removed it while we waited
     try:
-        for leftover in tmp.iterdir():
-            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
         yield tmp
+    except BaseException as error:
+        bad_input = isinstance(error, UserError) and not isinstance(error, Unfinished)
+        if bad_input or (_is_still(tmp, lock) and not any(tmp.iterdir())):
+            _remove(tmp, lock)
+        raise
+    else:
+        _remove(tmp, lock)
     finally:
-        if _is_still(tmp, lock):  # not published, and not the folder of the next process
-            shutil.rmtree(tmp, ignore_errors=True)
         os.close(lock)
+
+
+def clear(tmp: Path) -> None:
+    """Remove everything in the folder."""
+    for leftover in tmp.iterdir():
+        shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+
+
+def _remove(tmp: Path, lock: int) -> None:
+    if _is_still(tmp, lock):  # not published, and not the folder of the next process
+        shutil.rmtree(tmp, ignore_errors=True)
 
 
 def publish(tmp: Path, out: Path) -> None:

@@ -41,7 +41,8 @@ class FileInfo:
 @dataclass(frozen=True)
 class Manifest:
     """Everything a reader must know. `settings` are the ones that decide the content; `skipped` counts the
-    records that could not be used by reason (places are in `skipped.jsonl`)."""
+    records that could not be used by reason (places are in `skipped.jsonl`); `masked` sets have a loss mask
+    beside every shard; `source` tells what was read (see `data.origin`), its files are in `source.jsonl`."""
 
     settings: dict[str, Any]
     tokenizer_fingerprint: str
@@ -51,6 +52,8 @@ class Manifest:
     skipped: dict[str, int]
     files: dict[str, FileInfo] = field(default_factory=dict)
     version: int = VERSION
+    masked: bool = False
+    source: dict[str, Any] = field(default_factory=dict)
 
 
 def save_manifest(manifest: Manifest, folder: Path) -> None:

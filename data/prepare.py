@@ -1,61 +1,94 @@
-"""Text -> tokenizer -> memory-mapped token shards, in one atomic step.
+"""Text -> tokenizer -> memory-mapped token shards: a set appears complete or not at all.
 
 A prepared set is a folder: `manifest.json`, `tokenizer/`, and for each split (`train`, `heldout`) the shards
-`<split>-00000.bin` (uint16 or uint32 tokens), `<split>-starts.npy` and `<split>-offsets.npy`. Records that could
-not be used are listed in `skipped.jsonl`.
+`<split>-00000.bin` (uint16 or uint32 tokens; with `.bin.loss`, a byte a token, in masked sets),
+`<split>-starts.npy` and `<split>-offsets.npy`. Records that could not be used are listed in `skipped.jsonl`, the
+files read in `source.jsonl`.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import json
 import logging
-import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from conf.errors import UserError
-from conf.schema import DataConfig, TokenizerConfig
-from data.folder import exclusive_sibling, publish
+from conf.schema import DataConfig, ReadConfig, SyntheticConfig, TokenizerConfig
+from data.encode import check_encodable
+from data.folder import clear, exclusive_sibling, publish
 from data.manifest import MANIFEST_FILE, SPLITS, FileInfo, Manifest, load_manifest, save_manifest, sha256_of
-from data.sources import Document, SourceFile, hash_order, list_files, read_documents
-from data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
-from data.writer import SplitWriter, is_heldout
+from data.origin import SOURCE_FILE, changes, describe, save_list
+from data.parts import Job, Part, clear_records, group, part_bytes
+from data.pool import run_parts
+from data.readers import read_unit
+from data.sources import SYNTHETIC, SourceFile, Unit, cut, hash_order, list_files
+from data.tokenizer import Tokenizer, load_encoder, load_tokenizer, train_tokenizer
+from data.writer import is_heldout, write_split
 
 log = logging.getLogger(__name__)
 
-SKIPPED_FILE = "skipped.jsonl"
+SKIPPED_FILE, PLAN_FILE = "skipped.jsonl", "plan.json"
 TOKENIZER_FOLDER = "tokenizer"
-_BATCH_CHARS, _BATCH_DOCS = 1 << 20, 512  # one call of the tokenizer
 
 
-def prepare(out: Path, source: str, heldout: float, tokenizer: TokenizerConfig, progress: bool = True) -> Manifest:
+def prepare(
+    out: Path,
+    source: str,
+    heldout: float,
+    tokenizer: TokenizerConfig,
+    progress: bool = True,
+    *,
+    read: ReadConfig | None = None,
+    synthetic: SyntheticConfig | None = None,
+    workers: int = 0,
+) -> Manifest:
     """Tokenise `source` into the folder `out` and return its manifest.
 
-    A complete `out` made with the same settings is returned as it is. A kill at any moment leaves no `out` (or
-    the old state); leftovers are cleared by the next call. Concurrent calls wait for each other.
+    A complete `out` made with the same settings is returned as it is; a warning tells if the source has changed
+    since. A kill at any moment leaves no `out` (or the old state), and the next call goes on with the parts that
+    were finished. Concurrent calls wait for each other. The result does not depend on `workers`.
 
     Args:
-        source: `stdlib`, or a folder or file of text (see `data.sources`).
+        source: see `data.sources`.
         heldout: share of documents for evaluation, 0 <= heldout < 1, chosen by a hash of the name.
         tokenizer: an existing tokenizer, or how to train one (on training documents only).
+        workers: processes; 0: one per core, fewer for little text.
     Raises:
         UserError: bad settings, nothing to read, an empty split, or `out` made with other settings.
     """
     if not 0 <= heldout < 1:
         raise UserError(f"heldout={heldout}: must be at least 0 and below 1")
-    settings = _settings(source, heldout, tokenizer)
-    if (ready := _existing(out, settings)) is not None:
+    read, synthetic = read or ReadConfig(), synthetic or SyntheticConfig()
+    settings = _settings(source, heldout, tokenizer, read, synthetic)
+    if (ready := _existing(out, settings, read)) is not None:
+        _warn_if_changed(out, source, read, synthetic)
         return ready
-    files = list_files(source)
+    files = list_files(source, read, synthetic)
     with exclusive_sibling(out) as tmp:
-        if (ready := _existing(out, settings)) is not None:  # another process was faster
+        if (ready := _existing(out, settings, read)) is not None:  # another process was faster
             return ready
-        words = _make_tokenizer(files, heldout, tokenizer, tmp / TOKENIZER_FOLDER)
-        manifest = _tokenize(files, heldout, words, settings, tmp, progress)
+        units = cut(files, part_bytes(sum(file.bytes for file in files)), read, synthetic)
+        _continue_or_clear(tmp, settings | describe(files), units)
+        words = _make_tokenizer(units, heldout, tokenizer, read, tmp / TOKENIZER_FOLDER)
+        check_encodable(words, read, tokenizer.path)
+        dtype = "uint16" if words.vocab_size < 1 << 16 else "uint32"
+        masked = read.kind == "chat" or (source == SYNTHETIC and synthetic.loss == "answer")
+        folder = tmp / TOKENIZER_FOLDER
+        light = load_encoder(folder, words.eos_id).model_fingerprint == words.model_fingerprint
+        job = Job(
+            tmp, source, folder, heldout, read, synthetic, dtype, masked, words.eos_id,
+            light=light and read.kind != "chat",
+        )  # fmt: skip
+        groups = group(units, part_bytes(sum(file.bytes for file in files)))
+        parts = run_parts(job, groups, words, workers, progress)
+        manifest = _finish(job, parts, words, settings, files)
         save_manifest(manifest, tmp)
         publish(tmp, out)
     for split in SPLITS:
@@ -72,10 +105,16 @@ def prepare_sets(data: DataConfig, progress: bool = True) -> dict[str, Manifest]
     words = data.tokenizer
     for name, one in data.sets.items():
         path = Path(one.path)
-        if not one.source and not (path / MANIFEST_FILE).is_file():
+        if one.source:
+            made = prepare(
+                path, one.source, one.heldout, words, progress,
+                read=one.read, synthetic=one.synthetic, workers=data.workers,
+            )  # fmt: skip
+        elif (path / MANIFEST_FILE).is_file():
+            made = load_manifest(path)
+        else:
             key = f"data.sets.{name}"
             raise UserError(f"{key}.path={path} is no prepared set: run moba prepare, or give {key}.source=FOLDER")
-        made = prepare(path, one.source, one.heldout, words, progress) if one.source else load_manifest(path)
         manifests[name] = made
         if not words.path:
             words = TokenizerConfig(path=str(path / TOKENIZER_FOLDER))
@@ -88,18 +127,24 @@ def prepare_sets(data: DataConfig, progress: bool = True) -> dict[str, Manifest]
     return manifests
 
 
-def _settings(source: str, heldout: float, tokenizer: TokenizerConfig) -> dict[str, Any]:
+def _settings(
+    source: str, heldout: float, tokenizer: TokenizerConfig, read: ReadConfig, synthetic: SyntheticConfig
+) -> dict[str, Any]:
+    """What decides the content. Of `read` and `synthetic`, what differs from the defaults."""
+    settings: dict[str, Any] = {"source": source, "heldout": heldout}
     if tokenizer.path:
-        return {"source": source, "heldout": heldout, "tokenizer.path": tokenizer.path}
-    return {
-        "source": source,
-        "heldout": heldout,
-        "tokenizer.train_vocab_size": tokenizer.train_vocab_size,
-        "tokenizer.train_chars": tokenizer.train_chars,
-    }
+        settings["tokenizer.path"] = tokenizer.path
+    else:
+        settings["tokenizer.train_vocab_size"] = tokenizer.train_vocab_size
+        settings["tokenizer.train_chars"] = tokenizer.train_chars
+    for name, config, default in (("read", read, ReadConfig()), ("synthetic", synthetic, SyntheticConfig())):
+        for key, value in dataclasses.asdict(config).items():
+            if value != getattr(default, key) and key != "on_error":
+                settings[f"{name}.{key}"] = value
+    return settings
 
 
-def _existing(out: Path, settings: dict[str, Any]) -> Manifest | None:
+def _existing(out: Path, settings: dict[str, Any], read: ReadConfig) -> Manifest | None:
     """The manifest of a complete `out`; None if there is nothing yet. UserError if `out` is something else."""
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return None
@@ -114,121 +159,113 @@ def _existing(out: Path, settings: dict[str, Any]) -> Manifest | None:
     ]
     if differ:
         raise UserError(f"{out} was prepared with other settings ({'; '.join(differ)}); choose another `out`")
+    if read.on_error == "fatal" and manifest.skipped:
+        count = sum(manifest.skipped.values())
+        raise UserError(f"{out} was prepared with {count} bad records skipped (see {out / SKIPPED_FILE}), which "
+                        "read.on_error=fatal forbids; repair the source and choose another `out`")  # fmt: skip
     return manifest
 
 
-def _make_tokenizer(files: list[SourceFile], heldout: float, config: TokenizerConfig, out: Path) -> Tokenizer:
-    """Load or train the tokenizer and save it into `out`."""
+def _warn_if_changed(out: Path, source: str, read: ReadConfig, synthetic: SyntheticConfig) -> None:
+    try:
+        differ = changes(list_files(source, read, synthetic), out)
+    except UserError:
+        return  # the source is gone, and not needed any more
+    if differ:
+        log.warning(
+            "%s was made from another state of %s: %s; it is used as it is (delete it to make it anew)",
+            out, source, differ,
+        )  # fmt: skip
+
+
+def _continue_or_clear(tmp: Path, settings: dict[str, Any], units: list[Unit]) -> None:
+    """Keep the finished parts in `tmp` if they are of exactly this work; else begin with an empty folder."""
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
+    for unit in units:
+        digest.update(f"{unit.name}\0{unit.start}\0{unit.stop}\n".encode("utf-8", "surrogateescape"))
+    plan = json.dumps({"plan": digest.hexdigest()})
+    path = tmp / PLAN_FILE
+    if path.is_file() and path.read_text(encoding="utf-8") == plan:
+        log.info("%s: going on with what was finished before", tmp)
+        return
+    clear(tmp)
+    path.write_text(plan, encoding="utf-8")
+
+
+def _make_tokenizer(
+    units: list[Unit],
+    heldout: float,
+    config: TokenizerConfig,
+    read: ReadConfig,
+    out: Path,
+) -> Tokenizer:
+    """Load or train the tokenizer and save it into `out`, unless it is there already."""
+    if out.is_dir():
+        return load_tokenizer(out)
+    partial = out.with_name(f"{out.name}.partial")
     if config.path:
         tokenizer = load_tokenizer(config.path)
-        tokenizer.save(out)
-        return tokenizer
+        tokenizer.save(partial)
+    elif any(unit.file.kind == "synthetic" for unit in units):
+        raise UserError(
+            "source synthetic needs a tokenizer: give tokenizer.path, as FOLDER/tokenizer of another set"
+        )
+    else:
+        tokenizer = train_tokenizer(_sample(units, heldout, config, read), config.train_vocab_size, partial)
+    partial.rename(out)
+    return tokenizer
 
-    def sample() -> Iterator[str]:
-        left = config.train_chars
 
-        def told_later(place: str, reason: str) -> None:
-            """Nothing: `_tokenize` meets the same records again."""
+def _sample(units: list[Unit], heldout: float, config: TokenizerConfig, read: ReadConfig) -> Iterator[str]:
+    left = config.train_chars
 
-        for document in read_documents(hash_order(files), on_bad=told_later):
+    def told_later(place: str, reason: str) -> None:
+        """Nothing: the parts meet the same records again."""
+
+    for unit in hash_order(units):
+        for document in read_unit(unit, read, told_later):
             if left <= 0:
                 return
             if not is_heldout(document.name, heldout):
-                yield document.text[:left]
-                left -= len(document.text)
-
-    return train_tokenizer(sample(), config.train_vocab_size, out)
+                yield document.plain[:left]
+                left -= len(document.plain)
 
 
-def _tokenize(
-    files: list[SourceFile],
-    heldout: float,
-    tokenizer: Tokenizer,
-    settings: dict[str, Any],
-    tmp: Path,
-    progress: bool,
+def _finish(
+    job: Job, parts: list[Part], tokenizer: Tokenizer, settings: dict[str, Any], sources: list[SourceFile]
 ) -> Manifest:
-    dtype = np.dtype(np.uint16 if tokenizer.vocab_size < 1 << 16 else np.uint32)
-    writers = {split: SplitWriter(tmp, split, dtype) for split in SPLITS}
+    """Index, list of bad records, and the manifest."""
+    tmp = job.folder
     skipped: Counter[str] = Counter()
-    try:
-        with (tmp / SKIPPED_FILE).open("w", encoding="utf-8") as skipped_log:
-
-            def on_bad(place: str, reason: str) -> None:
-                skipped[reason] += 1
-                skipped_log.write(json.dumps({"place": place, "reason": reason}) + "\n")
-
-            documents = read_documents(files, on_bad)
-            for document, ids in _encoded(documents, tokenizer, _total_bytes(files), progress):
-                split = "heldout" if is_heldout(document.name, heldout) else "train"
-                writers[split].add(document.name, [*ids, tokenizer.eos_id])
-        splits = {split: writer.finish() for split, writer in writers.items()}
-    finally:
-        for writer in writers.values():
-            writer.abort()
+    with (tmp / SKIPPED_FILE).open("w", encoding="utf-8") as skipped_log:
+        for place, reason in (record for part in parts for record in part.skipped):
+            skipped[reason] += 1
+            skipped_log.write(json.dumps({"place": place, "reason": reason}) + "\n")
     if skipped:
         reasons = ", ".join(f"{reason}: {n}" for reason, n in sorted(skipped.items()))
         log.warning("%d records skipped (%s); places are in %s", skipped.total(), reasons, SKIPPED_FILE)
-    if not any(split.documents for split in splits.values()):
-        raise UserError(f"source {settings['source']}: no usable document ({skipped.total()} records skipped)")
-    if not splits["train"].documents:
-        raise UserError(
-            f"heldout={heldout} leaves none of {splits['heldout'].documents} documents to train on; lower it"
-        )
-    if heldout and not splits["heldout"].documents:
-        count = splits["train"].documents
-        raise UserError(f"heldout={heldout} holds out none of {count} documents; raise it, or set heldout=0")
-    listed = {info: one for writer in writers.values() for info, one in writer.files.items()}
-    for path in [tmp / SKIPPED_FILE, *sorted((tmp / TOKENIZER_FOLDER).iterdir())]:
+    written = {split: write_split(tmp, split, [part.shards[split] for part in parts]) for split in SPLITS}
+    splits = {split: info for split, (info, _) in written.items()}
+    _check_splits(splits["train"].documents, splits["heldout"].documents, job, skipped.total())
+    clear_records(tmp)
+    (tmp / PLAN_FILE).unlink()
+    save_list(sources, tmp)
+    listed = {name: info for _, files in written.values() for name, info in files.items()}
+    for path in [tmp / SKIPPED_FILE, tmp / SOURCE_FILE, *sorted((tmp / TOKENIZER_FOLDER).iterdir())]:
         listed[path.relative_to(tmp).as_posix()] = FileInfo(path.stat().st_size, sha256_of(path))
     return Manifest(
-        settings, tokenizer.fingerprint, tokenizer.vocab_size, dtype.name, splits, dict(skipped), listed
-    )
+        settings, tokenizer.fingerprint, tokenizer.vocab_size, np.dtype(job.dtype).name, splits, dict(skipped),
+        listed, masked=job.masked, source=describe(sources),
+    )  # fmt: skip
 
 
-def _encoded(
-    documents: Iterable[Document], tokenizer: Tokenizer, total_bytes: int, progress: bool
-) -> Iterator[tuple[Document, list[int]]]:
-    """Documents with their tokens, encoded in batches, under a progress bar."""
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
-    columns = (
-        TextColumn("tokenising"),
-        BarColumn(),
-        TextColumn("{task.fields[documents]} documents, {task.fields[tokens]} tokens, {task.fields[rate]:,.0f}/s"),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, disable=not progress) as bar:
-        task = bar.add_task("", total=total_bytes, documents=0, tokens=0, rate=0.0)
-        num_docs = num_tokens = 0
-        start = time.monotonic()
-        for batch in _batches(documents):
-            all_ids = tokenizer.encode_batch([document.text for document in batch])
-            yield from zip(batch, all_ids, strict=True)
-            num_docs += len(batch)
-            num_tokens += sum(map(len, all_ids))
-            done = sum(len(document.text.encode("utf-8")) for document in batch)
-            rate = num_tokens / max(time.monotonic() - start, 1e-9)
-            bar.update(task, advance=done, documents=num_docs, tokens=num_tokens, rate=rate)
-        bar.update(task, completed=total_bytes)
-
-
-def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
-    batch: list[Document] = []
-    chars = 0
-    for document in documents:
-        batch.append(document)
-        chars += len(document.text)
-        if chars >= _BATCH_CHARS or len(batch) >= _BATCH_DOCS:
-            yield batch
-            batch, chars = [], 0
-    if batch:
-        yield batch
-
-
-def _total_bytes(files: list[SourceFile]) -> int:
-    return sum(file.path.stat().st_size for file in files)
+def _check_splits(train: int, held: int, job: Job, skipped: int) -> None:
+    if not train and not held:
+        raise UserError(f"source {job.source}: no usable document ({skipped} records skipped)")
+    if not train:
+        raise UserError(f"heldout={job.heldout} leaves none of {held} documents to train on; lower it")
+    if job.heldout and not held:
+        raise UserError(f"heldout={job.heldout} holds out none of {train} documents; raise it, or set heldout=0")
 
 
 def _counts(manifest: Manifest, split: str) -> tuple[int, int]:

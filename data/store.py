@@ -10,6 +10,7 @@ import numpy as np
 
 from conf.errors import UserError
 from data.manifest import SPLITS, check_hashes, check_sizes, load_manifest
+from data.writer import LOSS_SUFFIX
 
 
 class TokenStore:
@@ -38,8 +39,8 @@ class TokenStore:
         self._starts: np.ndarray = np.load(self.path / f"{split}-starts.npy", mmap_mode="r")
         if len(self.offsets) != self.num_docs + 1 or int(self.offsets[-1]) != self.num_tokens:
             raise UserError(f"{self.path}/{split}-offsets.npy does not fit the manifest; prepare the set anew")
-        dtype = np.dtype(self.manifest.dtype)
-        self._shards = [np.memmap(self.path / name, dtype=dtype, mode="r") for name in info.shards]
+        self._names, self._opened = list(info.shards), dict[str, np.ndarray]()
+        self._dtype = np.dtype(self.manifest.dtype)
         self._borders = np.cumsum([0, *info.shards.values()])
 
     def __len__(self) -> int:
@@ -51,10 +52,24 @@ class TokenStore:
 
     def doc(self, i: int) -> np.ndarray:
         """Tokens of document `i` as a read-only view, uint16 or uint32 [doc_length(i)]. O(log shards)."""
+        return self._view(i, "", self._dtype)
+
+    def loss(self, i: int) -> np.ndarray | None:
+        """uint8 [doc_length(i)]: 1 where a token of document `i` is a target of training; None: all are."""
+        return self._view(i, LOSS_SUFFIX, np.dtype(np.uint8)) if self.masked else None
+
+    @property
+    def masked(self) -> bool:
+        """Whether the documents have a loss mask."""
+        return self.manifest.masked
+
+    def _view(self, i: int, suffix: str, dtype: np.dtype) -> np.ndarray:
         start = int(self._starts[i])
         shard = int(np.searchsorted(self._borders, start, side="right")) - 1
-        local = start - int(self._borders[shard])
-        return self._shards[shard][local : local + self.doc_length(i)]
+        local, name = start - int(self._borders[shard]), self._names[shard] + suffix
+        if name not in self._opened:
+            self._opened[name] = np.memmap(self.path / name, dtype=dtype, mode="r")
+        return self._opened[name][local : local + self.doc_length(i)]
 
     @property
     def tokenizer_path(self) -> Path:

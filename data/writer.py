@@ -1,4 +1,4 @@
-"""Writing of one split: token shards in order of arrival, and the index that gives documents their order.
+"""Writing of token shards in order of arrival, and of the index that gives documents their order.
 
 Documents are read in the order of a hash of their names, not in the order of the source: neighbours in a packed
 row are then unrelated, wherever they came from. Only the index is sorted; tokens stay where they were written.
@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
@@ -17,7 +17,7 @@ import numpy as np
 
 from data.manifest import FileInfo, SplitInfo, sha256_of
 
-SHARD_TOKENS = 1 << 27  # a shard is closed at this size; one document is never cut
+LOSS_SUFFIX = ".loss"
 
 
 def hash_of_name(name: str) -> tuple[int, int]:
@@ -31,72 +31,97 @@ def is_heldout(name: str, share: float) -> bool:
     return hash_of_name(name)[0] < int(share * 2**64)
 
 
-class SplitWriter:
-    """Appends documents of one split to shards in `folder`."""
+@dataclass(frozen=True)
+class Shard:
+    """A finished shard: its files, and of each document the place in the order (uint64) and the tokens (int64)."""
 
-    def __init__(self, folder: Path, split: str, dtype: np.dtype, shard_tokens: int = SHARD_TOKENS) -> None:
-        self.folder, self.split, self.dtype, self.shard_tokens = folder, split, dtype, shard_tokens
-        self.files: dict[str, FileInfo] = {}
-        self._shards: dict[str, int] = {}
+    name: str
+    tokens: int
+    files: dict[str, FileInfo]
+    order: np.ndarray
+    lengths: np.ndarray
+
+
+class ShardWriter:
+    """Appends documents to `<name>` in `folder` and, if `masked`, their loss masks to `<name>.loss` (one byte a
+    token). Without documents there is no file."""
+
+    def __init__(self, folder: Path, name: str, dtype: np.dtype, masked: bool = False) -> None:
+        self._folder, self._name, self._dtype, self._masked = folder, name, dtype, masked
+        self._outputs: dict[str, _Output] = {}
         self._order: list[int] = []
         self._lengths: list[int] = []
-        self._file: BinaryIO | None = None
-        self._sha = hashlib.sha256()
-        self._in_shard = 0
 
-    def add(self, name: str, ids: Sequence[int]) -> None:
+    def add(self, name: str, ids: Sequence[int] | np.ndarray, loss: np.ndarray | None = None) -> None:
         """Append one document (its eos included)."""
-        if self._file is None:
-            self._file = (self.folder / f"{self.split}-{len(self._shards):05d}.bin").open("wb")
-            self._sha, self._in_shard = hashlib.sha256(), 0
-        data = np.asarray(ids, dtype=self.dtype).tobytes()
-        self._file.write(data)
-        self._sha.update(data)
-        self._in_shard += len(ids)
+        self._append(self._name, np.asarray(ids, dtype=self._dtype))
+        if self._masked:
+            mask = np.ones(len(ids), dtype=np.uint8) if loss is None else loss.astype(np.uint8)
+            self._append(self._name + LOSS_SUFFIX, mask)
         self._order.append(hash_of_name(name)[1])
         self._lengths.append(len(ids))
-        if self._in_shard >= self.shard_tokens:
-            self._close_shard()
 
-    def finish(self) -> SplitInfo:
-        """Close the last shard and write the index; `files` is complete afterwards."""
-        self._close_shard()
-        lengths = np.array(self._lengths, dtype=np.int64)
-        if lengths.size:
-            order = np.argsort(np.array(self._order, dtype=np.uint64), kind="stable")
-            starts = np.concatenate([[0], np.cumsum(lengths)[:-1]])[order]
-            self._save_index("starts", starts.astype(np.int64))
-            self._save_index("offsets", np.concatenate([[0], np.cumsum(lengths[order])]).astype(np.int64))
-        buckets = Counter((length - 1).bit_length() for length in self._lengths)
-        return SplitInfo(
-            documents=int(lengths.size),
-            tokens=int(lengths.sum()),
-            longest=int(lengths.max(initial=0)),
-            shards=dict(self._shards),
-            length_histogram={str(1 << k): buckets[k] for k in sorted(buckets)},
-        )
+    def finish(self) -> Shard:
+        """Close the files, durably."""
+        files = {name: output.finish() for name, output in self._outputs.items()}
+        order, lengths = np.array(self._order, dtype=np.uint64), np.array(self._lengths, dtype=np.int64)
+        return Shard(self._name, int(lengths.sum()), files, order, lengths)
 
     def abort(self) -> None:
-        """Close without finishing."""
-        if self._file is not None:
-            self._file.close()
-            self._file = None
+        """Close without finishing; a no-op after `finish`."""
+        for output in self._outputs.values():
+            output.file.close()
 
-    def _close_shard(self) -> None:
-        if self._file is None:
-            return
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
-        name = Path(self._file.name).name
-        self._shards[name] = self._in_shard
-        self.files[name] = FileInfo(self._in_shard * self.dtype.itemsize, self._sha.hexdigest())
-        self._file = None
+    def _append(self, name: str, values: np.ndarray) -> None:
+        if name not in self._outputs:
+            self._outputs[name] = _Output(self._folder / name)
+        self._outputs[name].write(values.tobytes())
 
-    def _save_index(self, kind: str, values: np.ndarray) -> None:
-        path = self.folder / f"{self.split}-{kind}.npy"
-        with path.open("wb") as file:
-            np.save(file, values, allow_pickle=False)
-            file.flush()
-            os.fsync(file.fileno())
-        self.files[path.name] = FileInfo(path.stat().st_size, sha256_of(path))
+
+class _Output:
+    def __init__(self, path: Path) -> None:
+        self.file: BinaryIO = path.open("wb")
+        self._sha, self._bytes = hashlib.sha256(), 0
+
+    def write(self, data: bytes) -> None:
+        self.file.write(data)
+        self._sha.update(data)
+        self._bytes += len(data)
+
+    def finish(self) -> FileInfo:
+        self.file.flush()
+        os.fsync(self.file.fileno())
+        self.file.close()
+        return FileInfo(self._bytes, self._sha.hexdigest())
+
+
+def write_split(folder: Path, split: str, shards: Sequence[Shard]) -> tuple[SplitInfo, dict[str, FileInfo]]:
+    """Write the index over the shards of a split, in this order; returns what the manifest says of it."""
+    shards = [shard for shard in shards if len(shard.lengths)]
+    files = {name: info for shard in shards for name, info in shard.files.items()}
+    lengths = np.concatenate([np.zeros(0, np.int64), *(shard.lengths for shard in shards)])
+    if lengths.size:
+        order = np.argsort(np.concatenate([shard.order for shard in shards]), kind="stable")
+        starts = np.concatenate([[0], np.cumsum(lengths)[:-1]])[order]
+        offsets = np.concatenate([[0], np.cumsum(lengths[order])])
+        for kind, values in (("starts", starts), ("offsets", offsets)):
+            name = f"{split}-{kind}.npy"
+            files[name] = _save(folder / name, values.astype(np.int64))
+    powers, counts = np.unique(np.frexp(lengths - 0.5)[1], return_counts=True)
+    histogram = {str(1 << int(k)): int(n) for k, n in zip(powers, counts, strict=True)}
+    info = SplitInfo(
+        documents=int(lengths.size),
+        tokens=int(lengths.sum()),
+        longest=int(lengths.max(initial=0)),
+        shards={shard.name: shard.tokens for shard in shards},
+        length_histogram=histogram,
+    )
+    return info, files
+
+
+def _save(path: Path, values: np.ndarray) -> FileInfo:
+    with path.open("wb") as file:
+        np.save(file, values, allow_pickle=False)
+        file.flush()
+        os.fsync(file.fileno())
+    return FileInfo(path.stat().st_size, sha256_of(path))

@@ -21,7 +21,10 @@ def run(config: PrepareConfig) -> int:
     from data.store import TokenStore
 
     check_fields(config)
-    manifest = prepare(Path(config.out), config.source, config.heldout, config.tokenizer)
+    manifest = prepare(
+        Path(config.out), config.source, config.heldout, config.tokenizer,
+        read=config.read, synthetic=config.synthetic, workers=config.workers,
+    )  # fmt: skip
     for split in ("train", "heldout"):
         if not manifest.splits[split].documents:
             continue

@@ -9,7 +9,7 @@ import numpy as np
 
 from data.manifest import Manifest, save_manifest
 from data.store import TokenStore
-from data.writer import SplitWriter
+from data.writer import ShardWriter, write_split
 
 
 class MemoryDocuments:
@@ -25,16 +25,31 @@ class MemoryDocuments:
 
 
 def write_store(
-    folder: Path, docs: Sequence[Sequence[int]], heldout: Sequence[Sequence[int]] = (), *, shard_tokens: int = 64
+    folder: Path,
+    docs: Sequence[Sequence[int]],
+    heldout: Sequence[Sequence[int]] = (),
+    *,
+    shard_tokens: int = 64,
+    loss: Sequence[Sequence[int]] | None = None,
 ) -> TokenStore:
-    """A prepared set of these token lists (names `doc-0`, `doc-1`, ...), opened at its train split."""
+    """A prepared set of these token lists (names `doc-0`, `doc-1`, ...), opened at its train split.
+
+    `loss`: masks of `docs` (all ones for `heldout`).
+    """
     folder.mkdir(parents=True)
     splits, files = {}, {}
     for split, lists in (("train", docs), ("heldout", heldout)):
-        writer = SplitWriter(folder, split, np.dtype(np.uint16), shard_tokens)
+        masked, shards = loss is not None, []
+        writer, filled = ShardWriter(folder, f"{split}-00000.bin", np.dtype(np.uint16), masked), 0
         for i, ids in enumerate(lists):
-            writer.add(f"doc-{i}", ids)
-        splits[split] = writer.finish()
-        files |= writer.files
-    save_manifest(Manifest({}, "tokenizer-0", 1000, "uint16", splits, {}, files), folder)
+            if filled >= shard_tokens:
+                shards.append(writer.finish())
+                name = f"{split}-{len(shards):05d}.bin"
+                writer, filled = ShardWriter(folder, name, np.dtype(np.uint16), masked), 0
+            writer.add(f"doc-{i}", ids, np.array(loss[i]) if loss is not None and split == "train" else None)
+            filled += len(ids)
+        splits[split], written = write_split(folder, split, [*shards, writer.finish()])
+        files |= written
+    manifest = Manifest({}, "tokenizer-0", 1000, "uint16", splits, {}, files, masked=loss is not None)
+    save_manifest(manifest, folder)
     return TokenStore(folder, "train")

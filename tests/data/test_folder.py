@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from data.folder import exclusive_sibling, publish
+from conf.errors import UserError
+from data.folder import Unfinished, clear, exclusive_sibling, publish
 
 
 def test_published_whole(tmp_path: Path) -> None:
@@ -17,18 +18,27 @@ def test_published_whole(tmp_path: Path) -> None:
     assert [path.name for path in out.parent.iterdir()] == ["set"]
 
 
-def test_an_error_leaves_nothing(tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError), exclusive_sibling(tmp_path / "set") as tmp:
+def test_bad_input_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(UserError), exclusive_sibling(tmp_path / "set") as tmp:
         (tmp / "x").write_text("1")
-        raise RuntimeError
+        raise UserError("no")
     assert not list(tmp_path.iterdir())
 
 
-def test_leftovers_of_a_kill_are_cleared(tmp_path: Path) -> None:
-    (tmp_path / ".tmp-set" / "tokenizer").mkdir(parents=True)
-    (tmp_path / ".tmp-set" / "train-00000.bin").write_text("old")
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError, Unfinished])
+def test_what_was_done_before_a_fault_is_found_again(tmp_path: Path, error: type[BaseException]) -> None:
+    with pytest.raises(error), exclusive_sibling(tmp_path / "set"):
+        raise error
+    assert not list(tmp_path.iterdir())  # nothing was done
+    with pytest.raises(error), exclusive_sibling(tmp_path / "set") as tmp:
+        (tmp / "tokenizer").mkdir()
+        (tmp / "x").write_text("1")
+        raise error
     with exclusive_sibling(tmp_path / "set") as tmp:
+        assert {path.name for path in tmp.iterdir()} == {"tokenizer", "x"}
+        clear(tmp)
         assert not list(tmp.iterdir())
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_full_folder_is_never_replaced(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from conf.errors import UserError
@@ -9,7 +10,7 @@ from data.manifest import Manifest
 from data.prepare import prepare, prepare_sets
 from data.store import TokenStore
 from data.tokenizer import load_tokenizer
-from data.writer import SplitWriter, is_heldout
+from data.writer import ShardWriter, is_heldout
 
 WORDS = TokenizerConfig(train_vocab_size=380)
 
@@ -84,9 +85,9 @@ def test_other_settings_are_refused_by_name(made: Path, source: Path) -> None:
 def test_dying_half_way_leaves_nothing_valid(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    out, add, added = tmp_path / "set", SplitWriter.add, []
+    out, add, added = tmp_path / "set", ShardWriter.add, []
 
-    def dying(self: SplitWriter, name: str, ids: list[int]) -> None:
+    def dying(self: ShardWriter, name: str, ids: np.ndarray, loss: np.ndarray | None = None) -> None:
         added.append(name)
         if len(added) == 30:
             assert not out.exists()
@@ -94,10 +95,10 @@ def test_dying_half_way_leaves_nothing_valid(
         add(self, name, ids)
 
     with monkeypatch.context() as patch:
-        patch.setattr(SplitWriter, "add", dying)
+        patch.setattr(ShardWriter, "add", dying)
         with pytest.raises(KeyboardInterrupt):
             make(out, source)
-    assert not list(tmp_path.iterdir())
+    assert not out.exists()
     assert make(out, source).splits["train"].documents > 0
 
 
