@@ -193,13 +193,25 @@ class OptimConfig:
 
 @dataclass
 class EngineConfig:
+    """How a step is computed and where things are kept. Beyond rounding, nothing here changes a result.
+
+    Checkpointing `full` keeps each block's input and chosen blocks; `selective` also keeps the attention output, so
+    that attention never runs twice.
+    """
+
     zero_stage: int = 1  # 0 | 1 | 2 | 3
     precision: str = "bf16"  # fp32 | bf16
+    checkpointing: str = "none"  # none | full | selective: activations computed again in backward
+    offload_checkpoints: bool = False  # what checkpointing keeps waits in pinned host memory
+    mlp_tile: int = 0  # tokens per tile of the MLP, nothing of which is kept for backward; 0: all at once, kept
+    offload_optimizer: bool = False  # fp32 weights and AdamW in host memory, and the step on the CPU
+    offload_param: bool = False  # parameters in host memory between uses: ZeRO-3
+    fused: str = "none"  # none | liger | compile: norm, RoPE and SwiGLU as Liger's kernels or by torch.compile
 
 
 @dataclass
 class MeshConfig:
-    sequence_parallel: int = 1
+    sequence_parallel: int = 1  # ranks that share each sequence: columns outside attention, heads inside
 
 
 @dataclass
@@ -370,3 +382,48 @@ def register() -> None:
     store = ConfigStore.instance()
     for name, cls in ROOTS.items():
         store.store(name=f"{name}_schema", node=cls)
+    lm_eval: LmEvalConfig = field(default_factory=LmEvalConfig)
+    generate: GenerateConfig = field(default_factory=GenerateConfig)
+
+
+@dataclass
+class PlanConfig(TrainConfig):
+    """Root of `moba plan`: a training configuration, and the GPUs it is meant for."""
+
+    out: str = "runs/plan"  # nothing is written; the results of measured steps are read from benchmarks/results
+    gpu: str = "h200"  # a100 | h100 | h200 | b200
+    host_gib: float = 0.0  # memory of the machine; 0: unknown, host memory is printed and not checked
+
+
+@dataclass
+class StepBenchConfig:
+    """Root of `moba bench step`: whole optimizer steps on synthetic tokens, one sequence per data-parallel rank."""
+
+    out: str = "benchmarks/results/step.json"  # rows of other configurations in it are kept; the plot goes beside it
+    lengths: list[int] = field(default_factory=lambda: [8192])  # tokens of the sequence
+    plans: list[str] = field(default_factory=lambda: ["full", "512x3"])  # full or BLOCKxTOPK
+    sweep: list[str] = field(default_factory=list)  # rows TOKENS/PLAN[/engine.KEY:VALUE...] in place of the above
+    steps: int = 3  # timed steps; their median counts
+    warmup: int = 1  # steps before them
+    parts: bool = True  # one more step, in which each part is timed
+    gpu: str = "auto"  # auto | a100 | h100 | h200 | b200: whose peak rate and memory
+    model: ModelConfig = field(default_factory=ModelConfig)
+    attention: AttentionConfig = field(default_factory=AttentionConfig)  # kind, block_size and topk: as the plan says
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    launch: LaunchConfig = field(default_factory=LaunchConfig)
+
+
+@dataclass
+class BenchConfig:
+    """Root of `moba bench`: what is measured, on which rows."""
+
+    name: str = "attention"  # attention
+    rows: list[str] = field(default_factory=list)  # seq_len/heads/kv_heads/head_dim/block/topk; empty: the official
+    documents: int = 1  # packed documents per row; dense attention is timed for 1 only
+    routing: str = "uniform"  # uniform | clustered | sink: how the random inputs make the gate choose
+    dense: bool = True  # time dense attention beside it
+    flash_up_to: int = 131_072  # tokens up to which the flash backend is timed too
+    out: str = ""  # JSON file; empty: only the table
+    plot: bool = True  # a PNG beside the JSON

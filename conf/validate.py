@@ -108,6 +108,19 @@ def _engine(config: TrainConfig) -> None:
         raise UserError(
             "engine.zero_stage=0 with engine.precision=bf16 trains with another optimizer (its bias correction "
             "starts one step late): use engine.zero_stage=1"
+    engine = config.engine
+    if engine.offload_checkpoints and engine.checkpointing == "none":
+        raise UserError(
+            "engine.offload_checkpoints=true has nothing to offload with engine.checkpointing=none: "
+            "use engine.checkpointing=full or selective"
+        )
+    if engine.offload_optimizer and engine.zero_stage == 0:
+        raise UserError("engine.offload_optimizer=true needs ZeRO: use engine.zero_stage=1, 2 or 3")
+    if engine.offload_param and engine.zero_stage < 3:
+        raise UserError(
+            f"engine.offload_param=true with engine.zero_stage={engine.zero_stage}: use engine.zero_stage=3, or "
+            "engine.offload_optimizer=true alone"
+        )
         )
 
 

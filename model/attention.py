@@ -23,7 +23,7 @@ from model.key_conv import KeyConv
 from model.layers import RMSNorm
 from model.moba import attend_blocks, moba_attention
 from model.moba.choosers import choose
-from model.rope import apply_rope
+from model.recompute import Choices
 from model.schedule import LayerPlan
 from model.shapes import head_dim
 
@@ -32,13 +32,18 @@ Probe = Callable[[int, Tensor, Tensor, Tensor], None]
 
 
 class Packed(NamedTuple):
-    """What all layers share about the tokens: RoPE tables fp32 [T, D / 2], document borders, positions [T]."""
+    """What all layers share about the tokens: RoPE tables fp32 [T, D / 2], document borders, positions [T].
+
+    Under sequence parallelism tables and positions are those of this rank's columns; `num_tokens` counts whole
+    rows, as the borders do.
+    """
 
     cos: Tensor
     sin: Tensor
     cu_seqlens: Tensor
     max_seqlen: int
     positions: Tensor
+    num_tokens: int
 
 
 class Attention(nn.Module):
@@ -46,15 +51,16 @@ class Attention(nn.Module):
 
     def __init__(self, config: ModelConfig, layer: int, backend: str, execution: Execution = PLAIN) -> None:
         super().__init__()
-        self.layer, self.backend, self.parallel = layer, backend, execution.parallel
+        self.layer, self.backend = layer, backend
+        self.parallel, self.rope = execution.parallel, execution.pieces.rope
         self.head_dim = head_dim(config)
         q_out, kv_out = config.num_heads * self.head_dim, config.num_kv_heads * self.head_dim
         self.q_proj = nn.Linear(config.hidden_size, q_out, bias=config.qkv_bias)
         self.k_proj = nn.Linear(config.hidden_size, kv_out, bias=config.qkv_bias)
         self.v_proj = nn.Linear(config.hidden_size, kv_out, bias=config.qkv_bias)
         self.o_proj = nn.Linear(q_out, config.hidden_size, bias=False)
-        self.q_norm = RMSNorm(self.head_dim, config.norm_eps) if config.qk_norm else None
-        self.k_norm = RMSNorm(self.head_dim, config.norm_eps) if config.qk_norm else None
+        self.q_norm = RMSNorm(self.head_dim, config.norm_eps, execution) if config.qk_norm else None
+        self.k_norm = RMSNorm(self.head_dim, config.norm_eps, execution) if config.qk_norm else None
         conv = config.key_conv
         self.key_conv = KeyConv(config.num_kv_heads, self.head_dim, conv) if conv else None
 
@@ -66,6 +72,7 @@ class Attention(nn.Module):
         layer_plan: LayerPlan,
         cache: KVCache | None = None,
         probe: Probe | None = None,
+        choices: Choices | None = None,
     ) -> Tensor:
         """x [..., C] whose leading dimensions flatten to T tokens; returns the same shape.
 
@@ -73,18 +80,34 @@ class Attention(nn.Module):
         cache; decode takes one token per row and attends to what is stored.
 
         Under sequence parallelism x holds this rank's columns, and `packed.cu_seqlens` the borders of whole rows.
+        `choices` is given where the call may be computed again and must then attend to the same blocks.
+
+        Training with selective checkpointing calls the three parts one by one instead.
         """
-        if self.parallel is not None and cache is not None:
-            raise ValueError("a KV cache needs whole rows: build the model without sequence parallelism")
-        q, k, v = self._qkv(x, packed, cache)
+        q, k, v = self.lead(x, packed, cache)
         if cache is not None and cache.phase == "decode":
             cache.append(self.layer, k, v)
             out = decode_attention(q, cache, self.layer, layer_plan)
         else:
             if cache is not None:
                 cache.store_prompt(self.layer, k, v)
-            out = self._attend_whole(q, k, v, x.shape[0], packed, layer_plan, probe)
-        return self.o_proj(out.reshape(*x.shape[:-1], -1))
+            out = self.attend(q, k, v, packed, layer_plan, probe, choices)
+        return self.finish(out, x.shape)
+
+    def lead(self, x: Tensor, packed: Packed, cache: KVCache | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """q [T, H, D] and k, v [T, Hkv, D]; under sequence parallelism of whole rows, for this rank's heads."""
+        q, k, v = self._qkv(x, packed, cache)
+        if self.parallel is None:
+            return q, k, v
+        if cache is not None:
+            raise ValueError("a KV cache needs whole rows: build the model without sequence parallelism")
+        return self.parallel.to_heads(q, k, v, rows=x.shape[0])
+
+    def finish(self, out: Tensor, shape: torch.Size) -> Tensor:
+        """The output projection of what `attend` returned, in the shape of x."""
+        if self.parallel is not None:
+            out = self.parallel.to_sequence(out, rows=shape[0])
+        return self.o_proj(out.reshape(*shape[:-1], -1))
 
     def _qkv(self, x: Tensor, packed: Packed, cache: KVCache | None) -> tuple[Tensor, Tensor, Tensor]:
         """q [T, H, D] and k, v [T, Hkv, D]; q and k normalised and rotated."""
@@ -94,7 +117,7 @@ class Attention(nn.Module):
             k = self._convolve(self.key_conv, k, packed, cache)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        return apply_rope(q, packed.cos, packed.sin), apply_rope(k, packed.cos, packed.sin), v
+        return *self.rope(q, k, packed.cos, packed.sin), v
 
     def _convolve(self, conv: KeyConv, k: Tensor, packed: Packed, cache: KVCache | None) -> Tensor:
         """The key convolution; in decode, over the keys the cache remembers from before it."""
@@ -109,24 +132,30 @@ class Attention(nn.Module):
         out: Tensor = conv(k, packed.positions)
         return out
 
-    def _attend_whole(
-        self, q: Tensor, k: Tensor, v: Tensor, rows: int, packed: Packed, layer_plan: LayerPlan, probe: Probe | None
+    def attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        packed: Packed,
+        layer_plan: LayerPlan,
+        probe: Probe | None = None,
+        choices: Choices | None = None,
     ) -> Tensor:
-        """Attention over whole documents, by exchanging columns for heads where a rank holds only some columns."""
-        if self.parallel is None:
-            return self._attend(q, k, v, packed, layer_plan, probe)
-        q, k, v = self.parallel.to_heads(q, k, v, rows)
-        return self.parallel.to_sequence(self._attend(q, k, v, packed, layer_plan, probe), rows)
-
-    def _attend(
-        self, q: Tensor, k: Tensor, v: Tensor, packed: Packed, layer_plan: LayerPlan, probe: Probe | None
-    ) -> Tensor:
+        """Full attention or MoBA over whole documents, [T, H, D]."""
         if layer_plan.kind == "full":
             return full_attention(q, k, v, cu_seqlens=packed.cu_seqlens, max_seqlen=packed.max_seqlen)
         block_size, topk, cu_seqlens = layer_plan.block_size, layer_plan.topk, packed.cu_seqlens
         if probe is None and layer_plan.choose == "moba":
             return moba_attention(
-                q, k, v, block_size=block_size, topk=topk, cu_seqlens=cu_seqlens, backend=self.backend
+                q,
+                k,
+                v,
+                block_size=block_size,
+                topk=topk,
+                cu_seqlens=cu_seqlens,
+                backend=self.backend,
+                remember=choices,
             )
         block_ids = choose(
             layer_plan.choose, q, k, block_size=block_size, topk=topk, cu_seqlens=cu_seqlens, backend=self.backend

@@ -10,17 +10,20 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from conf.schema import ModelConfig, RopeConfig
+from model import recompute
 from model.attention import Attention, Packed, Probe
 from model.cache import KVCache
 from model.execution import PLAIN, Execution
 from model.layers import MLP, RMSNorm
 from model.loss import LMHead, LossSums, sum_losses
+from model.offload import HostOffload
 from model.rope import Rotary
 from model.schedule import LayerPlan
 from model.shapes import KEY_CONV, check_shapes, head_dim, parameter_shapes
@@ -34,14 +37,51 @@ class Block(nn.Module):
     def __init__(self, config: ModelConfig, layer: int, backend: str, execution: Execution) -> None:
         super().__init__()
         self.self_attn = Attention(config, layer, backend, execution)
-        self.mlp = MLP(config.hidden_size, config.intermediate_size)
-        self.input_layernorm = RMSNorm(config.hidden_size, config.norm_eps)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.mlp = MLP(config.hidden_size, config.intermediate_size, execution)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.norm_eps, execution)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.norm_eps, execution)
+        self.checkpointing = execution.checkpointing
 
-    def forward(self, x: Tensor, **attention: Any) -> Tensor:
-        """x [..., C]; keywords go to `Attention.forward`."""
-        x = x + self.self_attn(self.input_layernorm(x), **attention)
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        packed: Packed,
+        layer_plan: LayerPlan,
+        cache: KVCache | None = None,
+        probe: Probe | None = None,
+        offload: HostOffload | None = None,
+    ) -> Tensor:
+        """x [..., C] to the same shape. In training, keeps as much as `Execution.checkpointing` says."""
+        if self.checkpointing == "none" or not torch.is_grad_enabled():
+            return self._whole(x, packed=packed, layer_plan=layer_plan, cache=cache, probe=probe)
+        if cache is not None or probe is not None:
+            raise ValueError("activation checkpointing takes neither a KV cache nor a probe: use torch.no_grad()")
+        if self.checkpointing == "full":
+            choices = recompute.Choices()
+            whole = partial(self._whole, packed=packed, layer_plan=layer_plan, choices=choices)
+            return recompute.full(whole, x, choices, offload)
+        return recompute.selective(
+            lambda x: self.self_attn.lead(self.input_layernorm(x), packed),
+            lambda q, k, v: self.self_attn.attend(q, k, v, packed, layer_plan),
+            lambda x, out: self._rest(x + self.self_attn.finish(out, x.shape)),
+            x,
+            block_bound(packed, layer_plan),
+            offload,
+        )
+
+    def _whole(self, x: Tensor, **attention: Any) -> Tensor:
+        return self._rest(x + self.self_attn(self.input_layernorm(x), **attention))
+
+    def _rest(self, x: Tensor) -> Tensor:
         return x + self.mlp(self.post_attention_layernorm(x))
+
+
+def block_bound(packed: Packed, layer_plan: LayerPlan) -> int:
+    """More than any block id of the layer; 0 where it has no blocks."""
+    if layer_plan.kind == "full":
+        return 0
+    return packed.num_tokens // layer_plan.block_size + packed.cu_seqlens.numel() - 1
 
 
 class Trunk(nn.Module):
@@ -51,7 +91,9 @@ class Trunk(nn.Module):
         super().__init__()
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config, layer, backend, execution) for layer in range(config.num_layers))
-        self.norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.norm = RMSNorm(config.hidden_size, config.norm_eps, execution)
+        self.offload = HostOffload() if execution.offload_checkpoints else None
+        self.shards = execution.parallel.size if execution.parallel is not None else 1
         self.rotary = Rotary(rope, head_dim(config))
 
     def forward(
@@ -69,11 +111,15 @@ class Trunk(nn.Module):
         if len(plans) != len(self.layers):
             raise ValueError(f"{len(plans)} plans for {len(self.layers)} layers")
         flat = positions.reshape(-1)
-        packed = Packed(*self.rotary.tables(flat), cu_seqlens, max_seqlen, flat)
+        packed = Packed(*self.rotary.tables(flat), cu_seqlens, max_seqlen, flat, flat.numel() * self.shards)
         x = self.embed_tokens(input_ids)
-        for layer, layer_plan in zip(self.layers, plans, strict=True):
+        if self.offload is not None:
+            self.offload.begin()
+        for index, (layer, layer_plan) in enumerate(zip(self.layers, plans, strict=True), start=1):
+            # The last layer's tensors are the first that backward wants: they need not go anywhere.
+            offload = self.offload if index < len(self.layers) else None
             # By keyword: DeepSpeed's ZeRO-3 hooks warn about positional arguments that are not tensors.
-            x = layer(x, packed=packed, layer_plan=layer_plan, cache=cache, probe=probe)
+            x = layer(x, packed=packed, layer_plan=layer_plan, cache=cache, probe=probe, offload=offload)
         return self.norm(x)
 
 

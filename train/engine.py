@@ -17,6 +17,7 @@ from torch import nn
 from conf.errors import UserError
 from conf.schema import OptimConfig, RopeConfig, TrainConfig
 from model.execution import PLAIN, Execution
+from model.layers import MLP
 from model.rope import Rotary
 from model.shapes import head_dim, num_parameters
 from model.transformer import CausalLM
@@ -79,6 +80,13 @@ def deepspeed_config(config: TrainConfig, micro_batch: int, accumulation: int, n
             "reduce_bucket_size": min(500_000_000, numel),
         },
     }
+    zero = ds["zero_optimization"]
+    pinned = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+    if config.engine.offload_optimizer:
+        zero["offload_optimizer"] = pinned
+        ds["zero_force_ds_cpu_optimizer"] = False  # PyTorch's fused AdamW; DeepSpeed's compiles C++ at start
+    if config.engine.offload_param:
+        zero["offload_param"] = pinned
     if precision == "bf16":
         # Non-finite gradients are caught from the logged norm, not by a device synchronisation in every step.
         ds["bf16"] = {"enabled": True, "check_grad_overflow": False}
@@ -119,11 +127,15 @@ def build_engine(
     """
     import deepspeed
 
+    if config.engine.zero_stage == 3 and config.engine.mlp_tile:
+        # An MLP gathers its weights as a whole, once: ranks may then work on different numbers of tiles.
+        deepspeed.utils.set_z3_leaf_modules(model, [MLP])
     numel = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
+    on_gpu = mesh.device.type == "cuda"
     with contextlib.redirect_stdout(io.StringIO()):  # one of its optimizers prints memory tables unasked
         engine, *_ = deepspeed.initialize(
             model=model,
-            optimizer=build_adamw(model, config.optim, mesh.device),
+            optimizer=build_adamw(model, config.optim, fused=on_gpu or config.engine.offload_optimizer),
             config=deepspeed_config(config, micro_batch, accumulation, numel),
             dist_init_required=False,
         )

@@ -4,14 +4,26 @@ from __future__ import annotations
 
 from conf.schema import TrainConfig
 from model.execution import Execution
+from model.fused import pieces
 from model.sequence_parallel import SequenceParallel, bytes_per_layer
 from model.shapes import head_dim
 from train.mesh import Mesh
 
 
 def execution_of(config: TrainConfig, mesh: Mesh) -> Execution:
-    """How this rank's model computes."""
-    return Execution(parallel=SequenceParallel(mesh.sp_group) if mesh.sp_group is not None else None)
+    """How this rank's model computes.
+
+    Raises:
+        UserError: `engine.fused` asks for what this machine does not have.
+    """
+    engine = config.engine
+    return Execution(
+        parallel=SequenceParallel(mesh.sp_group) if mesh.sp_group is not None else None,
+        checkpointing=engine.checkpointing,
+        offload_checkpoints=engine.offload_checkpoints,
+        mlp_tile=engine.mlp_tile,
+        pieces=pieces(engine.fused, mesh.device),
+    )
 
 
 def exchange_text(config: TrainConfig, name: str) -> str:
@@ -24,5 +36,6 @@ def exchange_text(config: TrainConfig, name: str) -> str:
         head_dim(model),
         4 if config.engine.precision == "fp32" else 2,
         size,
+        passes=2 if config.engine.checkpointing == "none" else 3,
     )
     return f"sequence parallelism over {size} ranks: each sends {each / 2**20:,.3g} MiB per layer and micro-batch"

@@ -6,6 +6,7 @@ Shape legend: T tokens, N documents, H query heads, Hkv key heads, D head dimens
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from model.full import full_attention
 from model.moba.blocks import BlockTable, build_block_table
 
 BLOCK_MULTIPLE = 16
+Remember = Callable[[Callable[[], Tensor], int], Tensor]
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -29,6 +31,7 @@ def moba_attention(
     cu_seqlens: Tensor | None = None,
     softmax_scale: float | None = None,
     backend: str = "auto",
+    remember: Remember | None = None,
 ) -> Tensor:
     """Mixture of Block Attention (Lu et al. 2025, arXiv:2502.13189), causal, packed documents, grouped heads.
 
@@ -46,6 +49,8 @@ def moba_attention(
             The values are checked on the CPU only (reading them on a GPU would wait for it).
         softmax_scale: None: 1 / sqrt(D).
         backend: auto | reference | varlen | triton, see `model.dispatch`.
+        remember: stands between the choice and its use: `remember(choose, num_blocks)` returns `choose()`, int32
+            ids below `num_blocks` or -1, or what it returned at another time.
 
     Returns:
         [T, H, D] in the dtype of q; differentiable in q, k, v.
@@ -60,7 +65,11 @@ def moba_attention(
     table = build_block_table(cu_seqlens, q.shape[0], block_size)
     if chosen.full_when_dense and topk > table.max_past:
         return full_attention(q, k, v, cu_seqlens=cu_seqlens, max_seqlen=q.shape[0], softmax_scale=scale)
-    block_ids = chosen.choose(q.detach(), k.detach(), table, _num_past(topk, table))
+
+    def pick() -> Tensor:
+        return chosen.choose(q.detach(), k.detach(), table, _num_past(topk, table))
+
+    block_ids = pick() if remember is None else remember(pick, table.block_start.numel())
     return chosen.attend(q, k, v, block_ids, table, scale)
 
 

@@ -137,7 +137,7 @@ def train_alone(config: TrainConfig) -> Result:
     stage = config.stages["one"]
     model = CausalLM(config.model, RopeConfig(), stage.attention.backend)
     model.init_weights(torch.Generator().manual_seed(config.seed))
-    adamw = build_adamw(model, config.optim, torch.device("cpu"))
+    adamw = build_adamw(model, config.optim)
     plans = plan(stage.attention, config.model.num_layers, 0.0)
     result: Result = {"loss": [], "grad_norm": []}
     for step in range(STEPS):

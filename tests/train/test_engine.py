@@ -28,7 +28,7 @@ def oracle(tied: bool = False) -> dict[str, Any]:
     stage = config.stages["one"]
     model = CausalLM(config.model, RopeConfig(), stage.attention.backend)
     model.init_weights(torch.Generator().manual_seed(config.seed))
-    adamw = build_adamw(model, config.optim, torch.device("cpu"))
+    adamw = build_adamw(model, config.optim)
     plans = plan(stage.attention, 2, 0.0)
     result: dict[str, Any] = {"loss": [], "grad_norm": [], "valid": []}
     for step in range(STEPS):

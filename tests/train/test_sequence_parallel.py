@@ -65,9 +65,7 @@ def test_equals_one_process(pool4: GlooPool, size: int) -> None:
                 got = result["choices"][layer].sort(-1).values
                 assert torch.equal(got, ids[:, heads].sort(-1).values), f"{where}: choices of layer {layer}"
             # forward and backward, and the probe's forward: half as much again
-            each = bytes_per_layer(
-                rows * jobs.SEQ_LEN, jobs.HEADS, num_kv_heads, jobs.HEAD_DIM, 4, size, passes=3
-            )
+            each = bytes_per_layer(rows * jobs.SEQ_LEN, jobs.HEADS, num_kv_heads, jobs.HEAD_DIM, 4, size, passes=3)
             assert result["bytes_sent"] == len(jobs.PLANS[plan]) * each, where
 
 
