@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from conf.schema import ModelConfig
 from model.cache import KVCache
-from model.decode import decode_attention
+from model.decode import convolve_part, decode_attention, part_attention
 from model.execution import PLAIN, Execution
 from model.full import full_attention
 from model.key_conv import KeyConv
@@ -88,6 +88,9 @@ class Attention(nn.Module):
         if cache is not None and cache.phase == "decode":
             cache.append(self.layer, k, v)
             out = decode_attention(q, cache, self.layer, layer_plan)
+        elif cache is not None and cache.part:
+            cache.store_part(self.layer, k, v)
+            out = part_attention(q, cache, self.layer, layer_plan)
         else:
             if cache is not None:
                 cache.store_prompt(self.layer, k, v)
@@ -127,6 +130,8 @@ class Attention(nn.Module):
             place = torch.arange(width, device=k.device).repeat(rows)
             mixed: Tensor = conv(window_RWHD.flatten(0, 1), place).view_as(window_RWHD)
             return mixed[:, -1]
+        if cache is not None and cache.part:
+            return convolve_part(conv, k, cache, self.layer)
         if cache is not None:
             cache.store_raw_keys(self.layer, k)
         out: Tensor = conv(k, packed.positions)

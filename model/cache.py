@@ -1,6 +1,7 @@
 """Keys and values of a batch of prompts and their continuations, with the block means that MoBA needs.
 
-The phase is explicit: a cache is filled once by `prefill`, then extended one token per row by `decode`.
+The phase is explicit: a cache is filled once by `prefill`, whole or part by part, then extended one token per row
+by `decode`.
 Rows may have different lengths; lengths are known on the host, so nothing waits for the device.
 
 Shape legend: R rows, L capacity in tokens, Hkv kv heads, D head_dim, N blocks, T prompt tokens of all rows.
@@ -8,7 +9,7 @@ Shape legend: R rows, L capacity in tokens, Hkv kv heads, D head_dim, N blocks, 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Literal
 
 import torch
@@ -16,6 +17,8 @@ from torch import Tensor
 
 from conf.schema import ModelConfig
 from model.shapes import head_dim
+
+Part = list[tuple[int, int, int]]  # (row, first token, token behind the last) of prompts
 
 
 class KVCache:
@@ -30,6 +33,7 @@ class KVCache:
     Attributes:
         phase: "prefill" until the prompts are stored, then "decode".
         lengths: tokens stored per row.
+        part: what of the prompts is being run, if they are run in parts.
     """
 
     def __init__(
@@ -45,6 +49,7 @@ class KVCache:
             raise ValueError(f"every row needs a prompt of at least one token, got lengths {list(prompt_lengths)}")
         self.phase: Literal["prefill", "decode"] = "prefill"
         self.lengths = [int(length) for length in prompt_lengths]
+        self.part: Part = []
         self.capacity = max(self.lengths) + max_new_tokens
         shape = (len(self.lengths), self.capacity, config.num_kv_heads, head_dim(config))
         self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_layers)]
@@ -74,6 +79,47 @@ class KVCache:
             self.keys[layer][row, :length] = k_THD[start : start + length]
             self.values[layer][row, :length] = v_THD[start : start + length]
             start += length
+
+    def parts(self, chunk: int) -> Iterator[Part]:
+        """The prompts in parts of at most `chunk` tokens (at least one per row); 0 or enough for all: one part.
+
+        Rows advance together, so a row that is done leaves its share to the others.
+        """
+        self.require("prefill")
+        if not chunk or sum(self.lengths) <= chunk:
+            yield [(row, 0, length) for row, length in enumerate(self.lengths)]
+            return
+        done = [0] * len(self.lengths)
+        while pending := [row for row, length in enumerate(self.lengths) if done[row] < length]:
+            share = max(1, chunk // len(pending))
+            self.part = [(row, done[row], min(done[row] + share, self.lengths[row])) for row in pending]
+            yield self.part
+            for row, _, end in self.part:
+                done[row] = end
+        self.part = []
+
+    def store_part(self, layer: int, k_THD: Tensor, v_THD: Tensor) -> None:
+        """Keys and values of `part`, its rows laid end to end, [T, Hkv, D]."""
+        self.require("prefill")
+        start = 0
+        for row, first, end in self.part:
+            self.keys[layer][row, first:end] = k_THD[start : start + end - first]
+            self.values[layer][row, first:end] = v_THD[start : start + end - first]
+            start += end - first
+
+    def extend_raw_keys(self, layer: int, k_THD: Tensor) -> list[Tensor]:
+        """Keys of `part` before the key convolution: each row's behind the last ones before it, [W - 1 + n, Hkv, D],
+        zeros before the row's start. The new ends are remembered."""
+        self.require("prefill")
+        tail = self._raw_keys[layer]
+        lengths = [end - first for _, first, end in self.part]
+        windows = [
+            torch.cat([tail[row], keys.to(tail.dtype)])
+            for (row, _, _), keys in zip(self.part, k_THD.split(lengths), strict=True)
+        ]
+        for (row, _, _), window in zip(self.part, windows, strict=True):
+            tail[row] = window[window.shape[0] - tail.shape[1] :]
+        return windows
 
     def store_raw_keys(self, layer: int, k_THD: Tensor) -> None:
         """Prompts' keys before the key convolution, laid end to end, [T, Hkv, D]: their ends are remembered."""

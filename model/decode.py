@@ -1,4 +1,4 @@
-"""Attention of one new token per row over a KV cache, full or MoBA.
+"""Attention over a KV cache, full or MoBA: of one new token per row, or of the next part of each prompt.
 
 Full attention reads the whole cache; MoBA reads the token's own block and the `topk - 1` past blocks with the
 highest q . mean(k), per query head (MoBA paper, arXiv 2502.13189, section 2.2).
@@ -14,7 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model.cache import KVCache
+from model.key_conv import KeyConv
 from model.moba.choosers import by_position
+from model.moba.suffix import suffix_attention
 from model.schedule import LayerPlan
 
 
@@ -26,6 +28,36 @@ def decode_attention(q_RHD: Tensor, cache: KVCache, layer: int, layer_plan: Laye
         if past > layer_plan.topk - 1:  # otherwise every block is chosen: full attention, exactly
             return _moba(q_RhGD, cache, layer, layer_plan).flatten(1, 2)
     return _full(q_RhGD, cache, layer).flatten(1, 2)
+
+
+def part_attention(q_THD: Tensor, cache: KVCache, layer: int, layer_plan: LayerPlan) -> Tensor:
+    """q [T, H, D] of the part of the prompts just stored, rows end to end; attends to all before it, [T, H, D]."""
+    keys, values = cache.keys[layer], cache.values[layer]
+    ends = [(row, end) for row, _, end in cache.part]
+    if len(ends) == 1:  # no copy of a long prompt
+        ((row, end),) = ends
+        k_SHD, v_SHD = keys[row, :end], values[row, :end]
+    else:
+        k_SHD = torch.cat([keys[row, :end] for row, end in ends])
+        v_SHD = torch.cat([values[row, :end] for row, end in ends])
+    return suffix_attention(
+        q_THD,
+        k_SHD,
+        v_SHD,
+        query_lengths=[end - first for _, first, end in cache.part],
+        key_lengths=[end for _, end in ends],
+        layer_plan=layer_plan,
+    )
+
+
+def convolve_part(conv: KeyConv, k_THD: Tensor, cache: KVCache, layer: int) -> Tensor:
+    """The key convolution of a part of the prompts, over the keys the cache remembers from before it."""
+    before = conv.weight.shape[0] - 1
+    mixed = []
+    for window_SHD in cache.extend_raw_keys(layer, k_THD):
+        place = torch.arange(window_SHD.shape[0], device=k_THD.device)
+        mixed.append(conv(window_SHD, place)[before:])
+    return torch.cat(mixed)
 
 
 def _full(q_RhGD: Tensor, cache: KVCache, layer: int) -> Tensor:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
+from itertools import accumulate
 from functools import partial
 from typing import Any, cast
 
@@ -250,13 +251,15 @@ class CausalLM(nn.Module):
         return logits
 
     @torch.no_grad()
-    def prefill(self, input_ids_RS: Tensor, cache: KVCache, plans: Plans) -> Tensor:
+    def prefill(self, input_ids_RS: Tensor, cache: KVCache, plans: Plans, chunk: int = 0) -> Tensor:
         """Run the prompts and fill the cache.
 
         Args:
             input_ids_RS: int64 [R, S], row r holding `cache.lengths[r]` tokens from the left; the rest is ignored.
             cache: fresh.
             plans: one per layer; MoBA layers run as MoBA.
+            chunk: at most so many tokens of all rows (at least one per row) run at a time; 0: all. Bounds the memory
+                of everything but the cache; the values are those of one run, up to rounding.
 
         Returns:
             fp32 [R, V]: logits after each row's last token.
@@ -265,19 +268,22 @@ class CausalLM(nn.Module):
         if len(cache.lengths) != input_ids_RS.shape[0] or max(cache.lengths) > input_ids_RS.shape[1]:
             raise ValueError(f"prompts {tuple(input_ids_RS.shape)} do not hold rows of {cache.lengths} tokens")
         device = input_ids_RS.device
-        ids_T = torch.cat([row[:length] for row, length in zip(input_ids_RS, cache.lengths, strict=True)])
-        positions_T = torch.cat([torch.arange(length, device=device) for length in cache.lengths])
-        cu_seqlens = cache.cu_seqlens()
-        hidden_TC = self.model(
-            ids_T,
-            positions=positions_T,
-            cu_seqlens=cu_seqlens,
-            max_seqlen=max(cache.lengths),
-            plans=plans,
-            cache=cache,
-        )
+        last_C: list[Tensor] = [torch.empty(0)] * len(cache.lengths)
+        for part in cache.parts(chunk):
+            borders = [0, *accumulate(b - a for _, a, b in part)]
+            hidden_TC = self.model(
+                torch.cat([input_ids_RS[row, a:b] for row, a, b in part]),
+                positions=torch.cat([torch.arange(a, b, device=device) for _, a, b in part]),
+                cu_seqlens=torch.tensor(borders, dtype=torch.int32, device=device),
+                max_seqlen=max(b - a for _, a, b in part),
+                plans=plans,
+                cache=cache,
+            )
+            for (row, _, b), border in zip(part, borders[1:], strict=True):
+                if b == cache.lengths[row]:
+                    last_C[row] = hidden_TC[border - 1].clone()
         cache.end_prefill()
-        return self.logits(hidden_TC[cu_seqlens[1:].long() - 1]).float()
+        return self.logits(torch.stack(last_C)).float()
 
     @torch.no_grad()
     def decode(self, input_ids_R1: Tensor, cache: KVCache, plans: Plans) -> Tensor:

@@ -112,3 +112,46 @@ def test_impossible_prompts() -> None:
         new_cache(model, [3, 0], 1)
     with pytest.raises(ValueError, match="do not hold"):
         model.prefill(torch.zeros(1, 4, dtype=torch.long), new_cache(model, [5], 1), (FULL,) * 2)
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 40, 64, 150])
+@pytest.mark.parametrize(
+    "plans",
+    [(FULL, FULL), (MOBA, FULL), (MOBA, LayerPlan("moba", 16, 3, "window"))],
+    ids=["full", "hybrid", "choosers"],
+)
+def test_prefill_in_parts_equals_prefill(plans: Plans, chunk: int) -> None:
+    """Logits, keys and everything decoded after them; rows end in different parts."""
+    config = tiny_config("qwen3")
+    config.key_conv = 3
+    model = tiny_model(config)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "key_conv" in name:
+                weight.normal_(0, 0.5, generator=torch.Generator().manual_seed(2))
+    tokens = torch.randint(0, VOCAB, (len(LENGTHS), max(LENGTHS) + 3), generator=torch.Generator().manual_seed(4))
+    whole, parts = new_cache(model, LENGTHS, 3), new_cache(model, LENGTHS, 3)
+    expected = model.prefill(tokens[:, : max(LENGTHS)], whole, plans)
+    got = model.prefill(tokens[:, : max(LENGTHS)], parts, plans, chunk=chunk)
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+    for layer in range(2):
+        torch.testing.assert_close(parts.keys[layer], whole.keys[layer], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(parts.values[layer], whole.values[layer], rtol=1e-4, atol=1e-4)
+    for step in range(3):
+        following = tokens[:, step, None]
+        torch.testing.assert_close(
+            model.decode(following, parts, plans), model.decode(following, whole, plans), rtol=1e-4, atol=1e-4
+        )
+
+
+def test_parts_cover_the_prompts_once() -> None:
+    cache = new_cache(tiny_model(), LENGTHS, 1)
+    seen: dict[int, list[int]] = {row: [] for row in range(len(LENGTHS))}
+    sizes = []
+    for part in cache.parts(20):
+        sizes.append(sum(end - first for _, first, end in part))
+        for row, first, end in part:
+            seen[row] += range(first, end)
+    assert seen == {row: list(range(n)) for row, n in enumerate(LENGTHS)}
+    assert max(sizes) <= 20 and cache.part == []
+    assert list(cache.parts(0)) == list(cache.parts(1000)) == [[(row, 0, n) for row, n in enumerate(LENGTHS)]]
