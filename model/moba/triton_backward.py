@@ -75,10 +75,10 @@ def _dq_kernel(
     Also copies lse and delta into list order, which the dk, dv kernel streams.
     """
     tile = tl.program_id(0)
+    lists = tl.load(tile_ptr + tile * 4)  # before the test: one latency less for the tiles in use
+    offset = tl.load(tile_ptr + tile * 4 + 1)
+    count = tl.load(tile_ptr + tile * 4 + 2)
     if tile < tl.load(num_tiles_ptr):
-        lists = tl.load(tile_ptr + tile * 4)
-        offset = tl.load(tile_ptr + tile * 4 + 1)
-        count = tl.load(tile_ptr + tile * 4 + 2)
         head = lists // num_lists
         start = tl.load(block_start_ptr + lists - head * num_lists)
         r = tl.arange(0, ROWS)
@@ -86,6 +86,7 @@ def _dq_kernel(
         n = tl.arange(0, KEYS)
         live = r < count
         row = tl.load(row_ptr + offset + tl.minimum(r, count - 1)).to(tl.int64)
+        pair = tl.load(pair_ptr + offset + r, mask=live, other=0)  # needed last, in flight from here
         q = tl.load(q_ptr + row[:, None] * D + d[None, :])
         dout = tl.load(dout_ptr + row[:, None] * D + d[None, :])
         lse = tl.load(lse_ptr + row)
@@ -102,7 +103,6 @@ def _dq_kernel(
                 p = tl.where((j + n < block_size)[None, :], p, 0.0)
             ds = p * (tl.dot(dout, v.T, input_precision="ieee") - delta[:, None])
             dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
-        pair = tl.load(pair_ptr + offset + r, mask=live, other=0)
         to = head.to(tl.int64) * pairs_per_head + pair - pair_base
         tl.store(part_ptr + to[:, None] * D + d[None, :], dq.to(part_ptr.dtype.element_ty), mask=live[:, None])
 
@@ -136,10 +136,10 @@ def _stationary_dq_kernel(
 ):
     """As `_dq_kernel` for a small block: its keys stay in shared memory, rows stream."""
     tile = tl.program_id(0)
+    lists = tl.load(tile_ptr + tile * 4)  # before the test: one latency less for the tiles in use
+    offset = tl.load(tile_ptr + tile * 4 + 1)
+    count = tl.load(tile_ptr + tile * 4 + 2)
     if tile < tl.load(num_tiles_ptr):
-        lists = tl.load(tile_ptr + tile * 4)
-        offset = tl.load(tile_ptr + tile * 4 + 1)
-        count = tl.load(tile_ptr + tile * 4 + 2)
         head = lists // num_lists
         start = tl.load(block_start_ptr + lists - head * num_lists)
         r = tl.arange(0, ROWS)

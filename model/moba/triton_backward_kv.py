@@ -13,6 +13,7 @@ Shape legend: triton_common.py.
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -48,6 +49,8 @@ def _gradient_step(q, dout, lse, delta, k, v, visible, scale_log2, dk, dv, MASK:
         "num_lists",
         "pairs_per_head",
         "num_subs",
+        "max_extra",
+        "segment",
     ]
 )
 def _dkv_kernel(
@@ -67,9 +70,13 @@ def _dkv_kernel(
     pair_ptr,
     offset_ptr,
     count_ptr,
+    extra_ptr,
+    num_extra_ptr,
+    slot_ptr,
     block_start_ptr,
     block_len_ptr,
     part_ptr,
+    piece_ptr,
     dk_ptr,
     dv_ptr,
     scale_log2,
@@ -82,20 +89,39 @@ def _dkv_kernel(
     num_lists,
     pairs_per_head,
     num_subs,
+    block_size,
+    max_extra,
+    segment,
     G: tl.constexpr,
     ROWS: tl.constexpr,
     KEYS: tl.constexpr,
     D: tl.constexpr,
     ROUTED: tl.constexpr,
     FUSED: tl.constexpr,
+    SPLIT: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """Program = (block, key head, KEYS of its keys). Early blocks, which have the longest lists, start first."""
+    """Program = (block, key head, KEYS of its keys): the first `segment` list entries and the own block.
+
+    With SPLIT, programs before those take one further segment of a long list each, and whoever works on a long
+    list leaves fp32 pieces for `_sum_kernel`. Early blocks, which have the longest lists, start first.
+    """
     sub = tl.program_id(0) % num_subs
-    local = tl.program_id(0) // num_subs % num_heads
-    block = tl.program_id(0) // num_subs // num_heads
+    number = tl.program_id(0) // num_subs - max_extra
+    local = number % num_heads
+    block = number // num_heads
+    begin = 0
+    active = True
+    if SPLIT:  # noqa: SIM102 - the outer one is decided by the compiler
+        if number < 0:
+            extra = number + max_extra
+            active = extra < tl.load(num_extra_ptr)
+            lists = tl.load(extra_ptr + extra * 2, mask=active, other=0)
+            begin = tl.load(extra_ptr + extra * 2 + 1, mask=active, other=0) * segment
+            local = lists // num_lists
+            block = lists - local * num_lists
     length = tl.load(block_len_ptr + block)
-    if sub * KEYS < length:
+    if active & (sub * KEYS < length):
         block_start = tl.load(block_start_ptr + block)
         first_key = block_start + sub * KEYS
         end = block_start + length
@@ -104,7 +130,7 @@ def _dkv_kernel(
         d = tl.arange(0, D)
         r = tl.arange(0, ROWS)
         key = first_key + n
-        if FUSED or KEYS > 64:  # which of the two ways to load costs no registers differs
+        if FUSED:  # measured: as descriptors the operands would spill here, as pointers they are slower below
             at_key = (key.to(tl.int64) * num_kv_heads + head)[:, None] * D + d[None, :]
             k = tl.load(k_ptr + at_key, mask=(key < end)[:, None], other=0.0)
             v = tl.load(v_ptr + at_key, mask=(key < end)[:, None], other=0.0)
@@ -116,10 +142,12 @@ def _dkv_kernel(
         if ROUTED:
             offset = tl.load(offset_ptr + local * num_lists + block)
             count = tl.load(count_ptr + local * num_lists + block)
+            if SPLIT:
+                count = tl.minimum(count, begin + segment)
             rows = row_ptr + offset
             # row ids are fetched one step ahead: the gather of q and dout depends on them
-            ahead = tl.load(rows + r, mask=r < count, other=0)
-            for i in tl.range(0, count, ROWS, num_stages=STAGES):
+            ahead = tl.load(rows + begin + r, mask=begin + r < count, other=0)
+            for i in tl.range(begin, count, ROWS, num_stages=STAGES):
                 live = i + r < count
                 row = ahead.to(tl.int64)
                 ahead = tl.load(rows + i + ROWS + r, mask=i + ROWS + r < count, other=0)
@@ -141,6 +169,8 @@ def _dkv_kernel(
         # tokens before first_key see none of these keys.
         start = first_key // 4 * 4
         num = (end - start + (ROWS - 1)) // ROWS
+        if begin > 0:
+            num = 0
         for i in tl.range(0, num * G, num_stages=STAGES):
             query_head = head * G + i % G
             first = start + i // G * ROWS
@@ -153,11 +183,60 @@ def _dkv_kernel(
             dk, dv, dst = _gradient_step(q, dout, lse, delta, k, v, visible, scale_log2, dk, dv, True)
         at = (key.to(tl.int64) * num_kv_heads + head)[:, None] * D + d[None, :]
         live_key = (key < end)[:, None]
-        tl.store(dk_ptr + at, (dk * softmax_scale).to(dk_ptr.dtype.element_ty), mask=live_key)
-        tl.store(dv_ptr + at, dv.to(dv_ptr.dtype.element_ty), mask=live_key)
+        whole = True
+        if SPLIT:
+            whole = tl.load(count_ptr + local * num_lists + block) <= segment  # again: cheaper than keeping it
+        if whole:
+            tl.store(dk_ptr + at, (dk * softmax_scale).to(dk_ptr.dtype.element_ty), mask=live_key)
+            tl.store(dv_ptr + at, dv.to(dv_ptr.dtype.element_ty), mask=live_key)
+        elif SPLIT:
+            slot = tl.load(slot_ptr + local * num_lists + block) + begin // segment
+            place = (slot.to(tl.int64) * (2 * block_size) + sub * KEYS + n)[:, None] * D + d[None, :]
+            inside = (sub * KEYS + n < block_size)[:, None]
+            tl.store(piece_ptr + place, dk, mask=inside)
+            tl.store(piece_ptr + place + block_size * D, dv, mask=inside)
 
 
-@triton.jit(do_not_specialize=["n"])
+@triton.jit(do_not_specialize=["num_lists", "first_head", "num_kv_heads", "segment", "num_subs"])
+def _sum_kernel(
+    piece_ptr,
+    slot_ptr,
+    count_ptr,
+    block_start_ptr,
+    dk_ptr,
+    dv_ptr,
+    softmax_scale,
+    block_size,
+    num_lists,
+    first_head,
+    num_kv_heads,
+    segment,
+    num_subs,
+    KEYS: tl.constexpr,
+    D: tl.constexpr,
+):
+    """Program = (list, KEYS of its keys): dk, dv of a long list, its pieces added in the order of the list."""
+    lists = tl.program_id(0) // num_subs
+    count = tl.load(count_ptr + lists)
+    if count > segment:
+        local = lists // num_lists
+        slot = tl.load(slot_ptr + lists).to(tl.int64)
+        n = tl.program_id(0) % num_subs * KEYS + tl.arange(0, KEYS)
+        d = tl.arange(0, D)
+        inside = (n < block_size)[:, None]
+        dk = tl.zeros([KEYS, D], tl.float32)
+        dv = tl.zeros([KEYS, D], tl.float32)
+        for i in tl.range(0, (count + segment - 1) // segment):
+            place = ((slot + i) * (2 * block_size) + n)[:, None] * D + d[None, :]
+            dk += tl.load(piece_ptr + place, mask=inside, other=0.0)
+            dv += tl.load(piece_ptr + place + block_size * D, mask=inside, other=0.0)
+        key = tl.load(block_start_ptr + lists - local * num_lists).to(tl.int64) + n
+        at = (key * num_kv_heads + first_head + local)[:, None] * D + d[None, :]
+        tl.store(dk_ptr + at, (dk * softmax_scale).to(dk_ptr.dtype.element_ty), mask=inside)
+        tl.store(dv_ptr + at, dv.to(dv_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
 def _list_kernel(
     row_ptr, lse_ptr, delta_ptr, list_lse_ptr, list_delta_ptr, offset_ptr, count_ptr, PIECE: tl.constexpr
 ):
@@ -209,7 +288,12 @@ def dkv(
     Hkv = k_THD.shape[1]
     num_subs = common.ceil_div(table.block_size, tile.keys)
     spare = sums.lse_TH  # stands in for arguments that this variant never touches
-    _dkv_kernel[(table.block_start.numel() * len(heads) * num_subs,)](
+    cut = None if lists is None else lists.segments(table.block_size)
+    max_extra = 0 if cut is None else cut.max_extra
+    piece = spare
+    if cut is not None:
+        piece = torch.empty((cut.max_slots, 2, table.block_size, D), dtype=torch.float32, device=q_THD.device)
+    _dkv_kernel[((table.block_start.numel() * len(heads) + max_extra) * num_subs,)](
         q_THD,
         dout_THD,
         common.token_rows(q_THD, tile.rows),
@@ -226,9 +310,13 @@ def dkv(
         spare if lists is None else lists.pair,
         spare if lists is None else lists.offset,
         spare if lists is None else lists.count,
+        spare if cut is None else cut.extra,
+        spare if cut is None else cut.num_extra,
+        spare if cut is None else cut.slot,
         table.block_start,
         table.block_len,
         spare if part is None else part,
+        piece,
         dk_THD,
         dv_THD,
         softmax_scale * common.LOG2E,
@@ -241,12 +329,37 @@ def dkv(
         table.block_start.numel() + 1,
         0 if lists is None else lists.pairs_per_head,
         num_subs,
+        table.block_size,
+        max_extra,
+        0 if cut is None else cut.length,
         G=H // Hkv,
         ROWS=tile.rows,
         KEYS=tile.keys,
         D=D,
         ROUTED=lists is not None,
         FUSED=part is not None,
+        SPLIT=cut is not None,
         STAGES=tile.stages,
         **tile.options,
     )
+    if lists is not None and cut is not None:
+        keys = min(32, tile.keys)
+        num_subs = common.ceil_div(table.block_size, keys)
+        _sum_kernel[(lists.offset.numel() * num_subs,)](
+            piece,
+            cut.slot,
+            lists.count,
+            table.block_start,
+            dk_THD,
+            dv_THD,
+            softmax_scale,
+            table.block_size,
+            lists.num_lists,
+            heads.start,
+            Hkv,
+            cut.length,
+            num_subs,
+            KEYS=keys,
+            D=D,
+            num_warps=4,
+        )

@@ -22,6 +22,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 LOG2E = math.log2(math.e)
 # True when the kernels of this process run in Triton's interpreter (TRITON_INTERPRET=1 at the first import).
 INTERPRETED = bool(triton.knobs.runtime.interpret)
+MIN_SEGMENT = 128 if INTERPRETED else 1 << 14  # list entries one program takes in the dk, dv kernel, at least
 LIST_ALIGN = 4  # list starts are multiples of 16 bytes of fp32: 1-D TMA loads need it
 
 
@@ -81,7 +82,7 @@ def tiles_for(head_dim: int, block_size: int, num_blocks: int) -> Tiles:
             stream=3,
             fused=cover,
         )
-    gate = Tile(rows=128 if num_blocks >= 1024 else 64, keys=64, warps=4, stages=1)
+    gate = Tile(rows=128 if num_blocks >= 1024 else 64, keys=32 if num_blocks <= 40 else 64, warps=4, stages=1)
     return _covered(head_dim, gate, whole) if whole <= 128 else _streamed(head_dim, gate, block_size)
 
 

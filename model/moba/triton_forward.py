@@ -64,16 +64,18 @@ def _routed_kernel(
 ):
     """Program = up to ROWS pairs of one block; keys stream through shared memory."""
     tile = tl.program_id(0)
+    lists = tl.load(tile_ptr + tile * 4)  # before the test: one latency less for the tiles in use
+    offset = tl.load(tile_ptr + tile * 4 + 1)
+    count = tl.load(tile_ptr + tile * 4 + 2)
     if tile < tl.load(num_tiles_ptr):
-        lists = tl.load(tile_ptr + tile * 4)
-        offset = tl.load(tile_ptr + tile * 4 + 1)
-        count = tl.load(tile_ptr + tile * 4 + 2)
         head = lists // num_lists
         start = tl.load(block_start_ptr + lists - head * num_lists)
         r = tl.arange(0, ROWS)
         d = tl.arange(0, D)
         n = tl.arange(0, KEYS)
+        live = r < count
         row = tl.load(row_ptr + offset + tl.minimum(r, count - 1)).to(tl.int64)
+        pair = tl.load(pair_ptr + offset + r, mask=live, other=0)  # needed last, in flight from here
         q = tl.load(q_ptr + row[:, None] * D + d[None, :])
         top = tl.full([ROWS], _LOW, tl.float32)
         total = tl.zeros([ROWS], tl.float32)
@@ -86,8 +88,6 @@ def _routed_kernel(
                 q, k, v, (j + n < block_size)[None, :], scale_log2, top, total, out, not EVEN
             )
         out = out * (1.0 / total)[:, None]
-        live = r < count
-        pair = tl.load(pair_ptr + offset + r, mask=live, other=0)
         to = head.to(tl.int64) * pairs_per_head + pair - pair_base
         tl.store(part_ptr + to[:, None] * D + d[None, :], out.to(part_ptr.dtype.element_ty), mask=live[:, None])
         tl.store(lse_ptr + to, top + tl.log2(total), mask=live)
@@ -118,10 +118,10 @@ def _stationary_kernel(
 ):
     """Program = a run of pairs of one small block: its keys stay in shared memory, query rows stream."""
     tile = tl.program_id(0)
+    lists = tl.load(tile_ptr + tile * 4)  # before the test: one latency less for the tiles in use
+    offset = tl.load(tile_ptr + tile * 4 + 1)
+    count = tl.load(tile_ptr + tile * 4 + 2)
     if tile < tl.load(num_tiles_ptr):
-        lists = tl.load(tile_ptr + tile * 4)
-        offset = tl.load(tile_ptr + tile * 4 + 1)
-        count = tl.load(tile_ptr + tile * 4 + 2)
         head = lists // num_lists
         start = tl.load(block_start_ptr + lists - head * num_lists)
         r = tl.arange(0, ROWS)

@@ -160,6 +160,50 @@ def _tile_kernel(offset_ptr, count_ptr, first_tile_ptr, tile_ptr, ROWS: tl.const
         tl.store(out + 2, tl.minimum(count - i * ROWS, ROWS), mask=live)
 
 
+@triton.jit(do_not_specialize=["total_lists", "segment"])
+def _segment_scan_kernel(count_ptr, slot_ptr, first_extra_ptr, total_lists, segment):
+    """One program: segments, and segments but the first, of all long lists before each list."""
+    slots = tl.zeros([], tl.int32)
+    extras = tl.zeros([], tl.int32)
+    for base in tl.range(0, total_lists, _SCAN):
+        i = base + tl.arange(0, _SCAN)
+        count = tl.load(count_ptr + i, mask=i < total_lists, other=0)
+        num = tl.where(count > segment, (count + segment - 1) // segment, 0)
+        more = tl.maximum(num - 1, 0)
+        tl.store(slot_ptr + i, slots + tl.cumsum(num, 0) - num, mask=i < total_lists)
+        tl.store(first_extra_ptr + i, extras + tl.cumsum(more, 0) - more, mask=i < total_lists)
+        slots += tl.sum(num, 0)
+        extras += tl.sum(more, 0)
+    tl.store(first_extra_ptr + total_lists, extras)
+
+
+@triton.jit(do_not_specialize=["segment"])
+def _segment_kernel(count_ptr, first_extra_ptr, extra_ptr, segment):
+    """Program = list: (list, segment) of each of its extras."""
+    lists = tl.program_id(0)
+    count = tl.load(count_ptr + lists)
+    first = tl.load(first_extra_ptr + lists)
+    for i in tl.range(1, (count + segment - 1) // segment):
+        tl.store(extra_ptr + (first + i - 1) * 2, lists)
+        tl.store(extra_ptr + (first + i - 1) * 2 + 1, i)
+
+
+@dataclass(frozen=True)
+class Segments:
+    """Lists longer than `length` entries, cut into segments; a list that all queries chose keeps no one waiting.
+
+    extra int32 [max_extra, 2]: (list, segment) of every segment but the first, `num_extra` ([1]) of them.
+    slot int32 [lists]: number of a long list's first segment among the segments of long lists.
+    """
+
+    length: int
+    extra: Tensor
+    num_extra: Tensor
+    slot: Tensor
+    max_extra: int
+    max_slots: int
+
+
 @dataclass(frozen=True)
 class TileTable:
     """Tiles of at most `rows` list entries, list by list, for a range of tokens.
@@ -208,6 +252,20 @@ class Lists:
     def with_tensors(self, row: Tensor, pair: Tensor, offset: Tensor, count: Tensor) -> Lists:
         return dataclasses.replace(self, row=row, pair=pair, offset=offset, count=count)
 
+    def segments(self, block_size: int) -> Segments | None:
+        """Where long lists are cut; None where none can be long. Depends on shapes only, hence on no budget."""
+        length = segment_length(self.group, self.slots, block_size)
+        if self.num_tokens * self.group <= length:
+            return None
+        total, device = self.count.numel(), self.count.device
+        max_extra = self.pairs_per_head * self.num_heads // length
+        slot = torch.empty(total, dtype=torch.int32, device=device)
+        first = torch.empty(total + 1, dtype=torch.int32, device=device)
+        _segment_scan_kernel[(1,)](self.count, slot, first, total, length, num_warps=8)
+        extra = torch.empty((max_extra, 2), dtype=torch.int32, device=device)
+        _segment_kernel[(total,)](self.count, first, extra, length, num_warps=1)
+        return Segments(length, extra, first[total:], slot, max_extra, 2 * max_extra)
+
     def tiles(self, rows: int, first_token: int, end_token: int) -> TileTable:
         """Tile table of the list parts whose tokens lie in first_token .. end_token - 1."""
         total = self.offset.numel()
@@ -235,6 +293,11 @@ class Lists:
         tile = torch.empty((bound, 4), dtype=torch.int32, device=device)
         _tile_kernel[(total,)](offset, count, first, tile, ROWS=rows, PIECE=128, num_warps=1)
         return TileTable(tile, first[total:], bound)
+
+
+def segment_length(group: int, slots: int, block_size: int) -> int:
+    """Four times the average list, and not so little that cutting costs more than waiting."""
+    return max(common.MIN_SEGMENT, 4 * group * slots * block_size)
 
 
 def build_lists(block_ids: Tensor, num_blocks: int, group: int, first_head: int, num_heads: int) -> Lists:

@@ -61,12 +61,14 @@ def make_plan(
     keep = kept <= budget // 8
     budget -= kept if keep else 0
     part = head_dim * itemsize + 4
-    heads = min(budget // (pairs * max(_SORT_BYTES, _LIST_BYTES + part)), _MAX_PAIRS // pairs, num_kv_heads)
+    pieces = 4 * num_tokens * head_dim  # at most, of dk and dv of lists that are cut (see triton_lists.Segments)
+    per_head = pairs * max(_SORT_BYTES, _LIST_BYTES + part) + pieces
+    heads = min(budget // per_head, _MAX_PAIRS // pairs, num_kv_heads)
     if heads >= 1:
         passes = common.ceil_div(num_kv_heads, heads)
         return Plan(common.ceil_div(num_kv_heads, passes), num_tokens, keep)
     per_token = (num_heads // num_kv_heads) * slots * part
-    tokens = max(_TOKEN_STEP, (budget - _LIST_BYTES * pairs) // per_token)
+    tokens = max(_TOKEN_STEP, (budget - pieces - _LIST_BYTES * pairs) // per_token)
     chunks = common.ceil_div(num_tokens, tokens)
     tokens = common.ceil_div(common.ceil_div(num_tokens, chunks), _TOKEN_STEP) * _TOKEN_STEP
     return Plan(1, min(tokens, num_tokens), keep)
