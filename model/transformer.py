@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
-from itertools import accumulate
 from functools import partial
+from itertools import accumulate
 from typing import Any, cast
 
 import torch
@@ -258,8 +258,8 @@ class CausalLM(nn.Module):
             input_ids_RS: int64 [R, S], row r holding `cache.lengths[r]` tokens from the left; the rest is ignored.
             cache: fresh.
             plans: one per layer; MoBA layers run as MoBA.
-            chunk: at most so many tokens of all rows (at least one per row) run at a time; 0: all. Bounds the memory
-                of everything but the cache; the values are those of one run, up to rounding.
+            chunk: at most so many tokens of all rows (at least one per row) run at a time; 0: all. Bounds the
+                memory of everything but the cache; the values are those of one run, up to rounding.
 
         Returns:
             fp32 [R, V]: logits after each row's last token.
