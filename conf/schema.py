@@ -103,6 +103,10 @@ class DomainRule:
     """What of its set a domain uses."""
 
     set: str = ""  # key of data.sets; empty: the domain's own name
+    min_length: int = 0  # shorter documents are left out
+    max_length: int = 0  # longer documents are left out; 0: none
+    long: str = "auto"  # documents above seq_len: split | truncate | drop | error; auto: split text, drop chats
+    upsample: dict[int, float] = field(default_factory=dict)  # documents of at least N tokens: times per epoch
 
 
 @dataclass
@@ -111,7 +115,10 @@ class StageDataConfig:
 
     domains: dict[str, float] = field(default_factory=dict)  # name -> weight; a name is a key of data.sets
     rules: dict[str, DomainRule] = field(default_factory=dict)  # domain -> what of its set it uses
-    packing: str = "concat"  # concat: concatenate and split
+    unit: str = "weight"  # of the numbers in domains: weight | tokens, which must add up to the stage's
+    packing: str = "concat"  # concat: concatenate and split | best_fit: whole documents, where they fit best
+    window: int = 65_536  # best_fit: documents sorted by length at a time
+    balance: bool = True  # share the rows of a global batch out by attention cost, not in their order
 
 
 @dataclass

@@ -171,9 +171,40 @@ def _stage(key: str, stage: StageConfig, config: TrainConfig, world_size: int) -
             raise UserError(f"{key}.data.{where}: no such set in data.sets; there are: {known}")
         if not 0 < weight < float("inf"):
             raise UserError(f"{key}.data.domains.{name}={weight}: must be above 0; leave the set out to skip it")
-    for name in stage.data.rules:
-        if name not in stage.data.domains:
-            raise UserError(f"{key}.data.rules.{name}: no such domain; there are: {', '.join(stage.data.domains)}")
+    _mixture(f"{key}.data", stage, config)
+
+
+def _mixture(key: str, stage: StageConfig, config: TrainConfig) -> None:
+    data = stage.data
+    for name, rule in data.rules.items():
+        if name not in data.domains:
+            raise UserError(f"{key}.rules.{name}: no such domain; there are: {', '.join(data.domains)}")
+        if rule.max_length and rule.max_length < rule.min_length:
+            raise UserError(
+                f"{key}.rules.{name}.max_length={rule.max_length} is below its min_length={rule.min_length}: "
+                f"use at least {rule.min_length}, or 0 for no limit"
+            )
+        for least, times in rule.upsample.items():
+            if least < 1 or not 0 < times < float("inf"):
+                raise UserError(
+                    f"{key}.rules.{name}.upsample={{{least}: {times:g}}}: lengths are at least 1, times above 0"
+                )
+    if data.unit == "tokens" and sum(data.domains.values()) != stage.tokens:
+        raise UserError(
+            f"{key}.domains add up to {sum(data.domains.values()):.0f} tokens, the stage has {stage.tokens}: "
+            f"change one of them, or use {key}.unit=weight"
+        )
+    for name in data.domains:
+        if config.data.sets[set_of(data, name)].read.kind != "chat":
+            continue
+        if data.packing != "best_fit":
+            raise UserError(
+                f"{key}.packing={data.packing} would cut answers of {name}: use {key}.packing=best_fit"
+            )
+        if rule_of(data, name).long in ("split", "truncate"):
+            raise UserError(
+                f"{key}.rules.{name}.long={rule_of(data, name).long} would train on cut answers: use drop or error"
+            )
 
 
 def _rope(key: str, rope: RopeConfig) -> None:

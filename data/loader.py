@@ -14,8 +14,9 @@ import torch
 
 from conf.errors import UserError
 from conf.schema import StageConfig
+from data.balance import deal
 from data.batch import Batch, cu_seqlens_of
-from data.packing import ConcatPacking, Row
+from data.packing import ConcatPacking, Pieces, Row, build_row
 from data.source import StageSource
 from data.store import TokenStore
 
@@ -29,8 +30,9 @@ class TrainLoader:
     """Iterates over the optimizer steps of a stage: `(micro-batches of this rank, state after the step)`.
 
     Step t consists of samples [t * global_batch, (t + 1) * global_batch); rank r takes the r-th equal slice of
-    them, in order, cut into micro-batches. World size and micro-batch size decide who computes a row, never
-    which rows a step has. A background thread works `prefetch` steps ahead.
+    them, in order, cut into micro-batches; with `data.balance` they are dealt out by attention cost instead (see
+    `data.balance`). World size and micro-batch size decide who computes a row, never which rows a step has. A
+    background thread works `prefetch` steps ahead.
     """
 
     def __init__(
@@ -65,7 +67,8 @@ class TrainLoader:
         self.fingerprint = hashlib.sha256(json.dumps(self.source.identity, sort_keys=True).encode()).hexdigest()
         self._global_batch, self._micro_batch = stage.global_batch, stage.micro_batch
         self._rows = stage.global_batch // dp_world
-        self._first = dp_rank * self._rows
+        self._rank, self._world = dp_rank, dp_world
+        self._balance = stage.data.balance and dp_world > 1
         self._start, self._prefetch, self._pin = start_step, prefetch, pin_memory
 
     def __len__(self) -> int:
@@ -81,12 +84,21 @@ class TrainLoader:
 
     def step(self, t: int) -> list[Batch]:
         """This rank's micro-batches of step `t`, by arithmetic."""
-        first = t * self._global_batch + self._first
+        samples = self.samples(t)
         batches = []
-        for start in range(first, first + self._rows, self._micro_batch):
-            batch = collate([self.source.row(i) for i in range(start, start + self._micro_batch)])
+        for start in range(0, self._rows, self._micro_batch):
+            batch = collate([self.source.row(i) for i in samples[start : start + self._micro_batch]])
             batches.append(batch.pin_memory() if self._pin else batch)
         return batches
+
+    def samples(self, t: int) -> list[int]:
+        """The samples of this rank in step `t`, in the order of its micro-batches."""
+        first = t * self._global_batch
+        if not self._balance:
+            start = first + self._rank * self._rows
+            return list(range(start, start + self._rows))
+        costs = [self.source.cost(first + i) for i in range(self._global_batch)]
+        return [first + i for i in deal(costs, self._world, self._micro_batch)[self._rank]]
 
     def state(self, stage_step: int) -> LoaderState:
         """What a checkpoint keeps after `stage_step` steps. Its size does not depend on progress."""
@@ -120,15 +132,15 @@ def heldout_batches(store: TokenStore, seq_len: int, tokens: int, rows_per_batch
 
 
 def long_documents(store: TokenStore, seq_len: int, tokens: int) -> Iterator[Batch]:
-    """One row a batch: the first `seq_len` tokens of a document with at least seq_len + 1, every token labelled.
+    """One row a batch: the first `seq_len` tokens of a document with at least seq_len + 1, every target labelled.
 
     Documents in the order of the store until `tokens` tokens are given (rounded up to whole rows) or there is
     none left; nothing at all if no document is long enough.
     """
     long_enough = np.flatnonzero(np.diff(store.offsets) > seq_len)
     for doc in long_enough[: -(-tokens // seq_len)]:
-        ids = store.doc(int(doc))[: seq_len + 1].astype(np.int64)
-        yield collate([Row(ids[:-1], ids[1:], np.arange(seq_len, dtype=np.int64))])
+        one = np.array([int(doc)]), np.zeros(1, np.int64), np.array([seq_len])
+        yield collate([build_row(store, Pieces(*one), seq_len)])
 
 
 def collate(rows: Sequence[Row]) -> Batch:

@@ -1,16 +1,19 @@
-"""Documents -> rows of a fixed length, by index arithmetic: any row is found without building the others.
+"""Documents -> rows of a fixed length: any row is found without building the others.
 
-Shape legend: S seq_len.
+Shape legend: S seq_len, P pieces of a row.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_left, insort
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
 from conf.constants import IGNORE_INDEX
+
+MAX_OPEN = 4096  # rows that best-fit fills at a time
 
 
 class Documents(Protocol):
@@ -22,6 +25,24 @@ class Documents(Protocol):
 
     def doc(self, i: int) -> np.ndarray: ...
 
+    def loss(self, i: int) -> np.ndarray | None: ...
+
+
+class Pieces(NamedTuple):
+    """What a row is made of, int64 [P] each: `size` tokens of document `doc` from its token `skip` on."""
+
+    doc: np.ndarray
+    skip: np.ndarray
+    size: np.ndarray
+
+
+class Packing(Protocol):
+    """`turn` is any number that changes with the epoch."""
+
+    num_rows: int
+
+    def pieces(self, index: int, turn: int) -> Pieces: ...
+
 
 @dataclass(frozen=True)
 class Row:
@@ -32,39 +53,128 @@ class Row:
     positions: np.ndarray
 
 
+def build_row(documents: Documents, pieces: Pieces, seq_len: int, pad_id: int = 0) -> Row:
+    """The row: positions restart at each piece; what remains is padding, without labels, a piece of its own.
+
+    The label of a piece's last token is the document's next token, if it has one: no target is lost by a cut.
+    Tokens that the document's loss mask leaves out are no labels.
+    """
+    input_ids = np.full(seq_len, pad_id, dtype=np.int64)
+    labels = np.full(seq_len, IGNORE_INDEX, dtype=np.int64)
+    positions = np.arange(seq_len, dtype=np.int64)
+    filled = 0
+    for doc, skip, size in zip(*(values.tolist() for values in pieces), strict=True):
+        tokens = documents.doc(doc)[skip : skip + size + 1]
+        end, targets = filled + size, len(tokens) - 1
+        input_ids[filled:end] = tokens[:size]
+        labels[filled : filled + targets] = tokens[1:]
+        if (loss := documents.loss(doc)) is not None:
+            labels[filled : filled + targets][loss[skip + 1 : skip + 1 + targets] == 0] = IGNORE_INDEX
+        positions[filled:end] -= filled
+        filled = end
+    positions[filled:] -= filled
+    return Row(input_ids, labels, positions)
+
+
 class ConcatPacking:
     """Concatenate and split: the documents laid end to end and cut every `seq_len` tokens.
 
-    An epoch is `num_rows` rows that hold every token exactly once; the last one may end in padding (`pad_id`,
-    without labels, as a piece of its own). Each epoch begins the circle of documents at another one, so that the
-    cuts fall elsewhere. Positions restart at each document and at each row: a document longer than a row
-    is split, and its pieces do not see each other. A label may lie in the next row: no target is lost by a cut.
+    An epoch is `num_rows` rows that hold every token exactly once; the last one may end in padding. Each epoch
+    begins the circle of documents at another one, so that the cuts fall elsewhere. A document longer than a row is
+    split, and its pieces do not see each other.
     """
 
     def __init__(self, documents: Documents, seq_len: int, pad_id: int = 0) -> None:
         self.documents, self.seq_len, self.pad_id = documents, seq_len, pad_id
         self.num_rows = -(-documents.num_tokens // seq_len)
 
-    def row(self, index: int, first_doc: int = 0) -> Row:
-        """Row `index` of the epoch that starts with document `first_doc`. O(log num_docs + S)."""
+    def pieces(self, index: int, turn: int = 0) -> Pieces:
+        """Row `index` of the epoch that starts with document `turn` (modulo their number). O(log num_docs + P)."""
         if not 0 <= index < self.num_rows:
             raise IndexError(f"row {index} of {self.num_rows}")
-        docs, seq_len = self.documents, self.seq_len
-        input_ids = np.full(seq_len, self.pad_id, dtype=np.int64)
-        labels = np.full(seq_len, IGNORE_INDEX, dtype=np.int64)
-        positions = np.zeros(seq_len, dtype=np.int64)
-        at = (index * seq_len + int(docs.offsets[first_doc])) % docs.num_tokens  # place in the stored stream
-        real = min(seq_len, docs.num_tokens - index * seq_len)
+        docs = self.documents
+        at = (index * self.seq_len + int(docs.offsets[turn % docs.num_docs])) % docs.num_tokens
+        left = min(self.seq_len, docs.num_tokens - index * self.seq_len)
         doc = int(np.searchsorted(docs.offsets, at, side="right")) - 1
-        skip = at - int(docs.offsets[doc])  # tokens of this document that lie in earlier rows
-        filled = 0
-        while filled < real:
-            tokens = docs.doc(doc)[skip : skip + real - filled + 1]  # one more: the label of the last
-            size = min(len(tokens), real - filled)
-            input_ids[filled : filled + size] = tokens[:size]
-            labels[filled : filled + len(tokens) - 1] = tokens[1:]
-            positions[filled : filled + size] = np.arange(size)
-            filled += size
-            doc, skip = (doc + 1) % docs.num_docs, 0
-        positions[real:] = np.arange(seq_len - real)
-        return Row(input_ids, labels, positions)
+        found: list[tuple[int, int, int]] = []
+        while left:
+            start = int(docs.offsets[doc])
+            size = min(int(docs.offsets[doc + 1]) - at, left)
+            found.append((doc, at - start, size))
+            left -= size
+            doc = (doc + 1) % docs.num_docs
+            at = int(docs.offsets[doc])
+        return Pieces(*np.array(found, dtype=np.int64).T)
+
+    def row(self, index: int, turn: int = 0) -> Row:
+        """See `pieces` and `build_row`."""
+        return build_row(self.documents, self.pieces(index, turn), self.seq_len, self.pad_id)
+
+
+class PlannedPacking:
+    """Rows from a table made beforehand by `best_fit`, the same in every epoch.
+
+    `plan`: row_starts int64 [num_rows + 1], and doc, skip, size int64 [all pieces].
+    """
+
+    def __init__(self, plan: dict[str, np.ndarray]) -> None:
+        self._plan = plan
+        self.num_rows = len(plan["row_starts"]) - 1
+
+    def pieces(self, index: int, turn: int = 0) -> Pieces:
+        """Row `index`. O(P)."""
+        if not 0 <= index < self.num_rows:
+            raise IndexError(f"row {index} of {self.num_rows}")
+        start, end = self._plan["row_starts"][index : index + 2].tolist()
+        return Pieces(*(self._plan[name][start:end] for name in Pieces._fields))
+
+
+def best_fit(lengths: np.ndarray, seq_len: int, window: int) -> dict[str, np.ndarray]:
+    """Pack whole documents: each goes where it leaves the least room, the longest of `window` documents first.
+
+    A document above `seq_len` gives full rows of its own and a rest that is packed. Rows left open by one window
+    are filled by the next. Time and memory O(documents); done once per set (see `data.view`).
+
+    Args:
+        lengths: int64 [num_docs], at least 1.
+    Returns:
+        The plan for `PlannedPacking`.
+    """
+    docs = np.arange(len(lengths))
+    full = lengths // seq_len
+    full_doc = np.repeat(docs, full)
+    nth = np.arange(len(full_doc)) - np.repeat(np.cumsum(full) - full, full)
+    rest_doc = docs[lengths % seq_len > 0]
+    rest = (lengths % seq_len)[rest_doc]
+    row_of = _fit(rest, seq_len, window)
+    order = np.argsort(row_of, kind="stable")
+    num_rests = np.bincount(row_of) if len(row_of) else np.zeros(0, np.int64)
+    rows = np.concatenate([np.ones(len(full_doc), np.int64), num_rests])
+    return {
+        "row_starts": np.concatenate([[0], np.cumsum(rows)]).astype(np.int64),
+        "doc": np.concatenate([full_doc, rest_doc[order]]).astype(np.int64),
+        "skip": np.concatenate([nth * seq_len, (full * seq_len)[rest_doc[order]]]).astype(np.int64),
+        "size": np.concatenate([np.full(len(full_doc), seq_len), rest[order]]).astype(np.int64),
+    }
+
+
+def _fit(sizes: np.ndarray, seq_len: int, window: int) -> np.ndarray:
+    """The row of each piece, int64, rows numbered as they are opened."""
+    row_of = np.zeros(len(sizes), dtype=np.int64)
+    room: list[tuple[int, int]] = []  # (free tokens, row), ascending
+    opened = 0
+    for start in range(0, len(sizes), window):
+        here = sizes[start : start + window]
+        longest_first = np.argsort(-here, kind="stable")
+        for piece, size in zip((longest_first + start).tolist(), here[longest_first].tolist(), strict=True):
+            place = bisect_left(room, (size, 0))
+            if place < len(room):
+                free, row = room.pop(place)
+            else:
+                free, row = seq_len, opened
+                opened += 1
+            row_of[piece] = row
+            if free > size:
+                insort(room, (free - size, row))
+        del room[:-MAX_OPEN]  # the fullest rows are closed
+    return row_of

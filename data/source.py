@@ -6,15 +6,20 @@ step, on any number of ranks, costs O(1) and gives the same rows.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
+from conf.domains import rule_of
 from conf.errors import UserError
 from conf.schema import StageConfig
-from data.packing import ConcatPacking, Row
+from data.packing import ConcatPacking, Documents, Packing, Pieces, PlannedPacking, Row, best_fit, build_row
 from data.shuffle import key_of, permute
 from data.store import TokenStore
+from data.view import View, cached, is_plain, long_rule, rule_key, select
 
 _UNIT = 1 << 32  # weights are rounded to multiples of 1 / _UNIT: exact arithmetic, the same on every machine
 
@@ -69,8 +74,12 @@ class StageSource:
         _check(stage, sets)
         self._seed, self._name = seed, name
         self.mixture = Mixture(stage.data.domains)
-        self._packed = {domain: ConcatPacking(sets[domain], stage.seq_len) for domain in stage.data.domains}
+        self.seq_len = stage.seq_len
         self._sets = {domain: sets[domain] for domain in stage.data.domains}
+        self.documents = {domain: _documents(stage, domain, store) for domain, store in self._sets.items()}
+        self.packed = {
+            domain: _packing(stage, domain, sets[domain], docs) for domain, docs in self.documents.items()
+        }
         self.identity: dict[str, Any] = {
             "stage": name,
             "seed": seed,
@@ -80,34 +89,83 @@ class StageSource:
             "weights": {domain: float(stage.data.domains[domain]) for domain in sorted(self._sets)},
             "sets": {domain: self._sets[domain].fingerprint for domain in sorted(self._sets)},
         }
+        rules = {domain: rule_key(rule_of(stage.data, domain)) for domain in sorted(self._sets)}
+        if any(rules.values()):
+            self.identity["rules"] = {domain: rule for domain, rule in rules.items() if rule}
+        if stage.data.packing == "best_fit":
+            self.identity["window"] = stage.data.window
         """All that decides which tokens sample i has; equal identities give equal streams."""
 
     def locate(self, i: int) -> Place:
         """Where sample `i` comes from. O(number of domains), reads nothing."""
         domain, number = self.mixture.locate(i)
-        epoch, place = divmod(number, self._packed[domain].num_rows)
+        epoch, place = divmod(number, self.packed[domain].num_rows)
         key = key_of(self._seed, self._name, domain, epoch)
-        return Place(domain, epoch, permute(place, self._packed[domain].num_rows, key))
+        return Place(domain, epoch, permute(place, self.packed[domain].num_rows, key))
+
+    def pieces(self, i: int) -> tuple[str, Pieces]:
+        """The domain of sample `i` and the pieces of its documents; reads no tokens. O(log documents + pieces)."""
+        place = self.locate(i)
+        turn = key_of(self._seed, self._name, place.domain, place.epoch, "first")
+        return place.domain, self.packed[place.domain].pieces(place.row, turn)
 
     def row(self, i: int) -> Row:
         """Sample `i` of the stage."""
-        place = self.locate(i)
-        first_doc = key_of(self._seed, self._name, place.domain, place.epoch, "first")
-        return self._packed[place.domain].row(place.row, first_doc % self._sets[place.domain].num_docs)
+        domain, pieces = self.pieces(i)
+        return build_row(self.documents[domain], pieces, self.seq_len)
+
+    def cost(self, i: int) -> int:
+        """Attention cost of sample `i`: the sum of the squared lengths of its pieces."""
+        _, pieces = self.pieces(i)
+        return int((pieces.size * pieces.size).sum())
+
+
+def _documents(stage: StageConfig, domain: str, store: TokenStore) -> Documents:
+    """What the domain uses of its set."""
+    rule = rule_of(stage.data, domain)
+    if is_plain(rule, store.masked):
+        return store
+    key: dict[str, Any] = {"kind": "select", "rule": rule_key(rule), "seq_len": stage.seq_len}
+    where = f"data.rules.{domain} of the stage"
+    lengths = np.diff(store.offsets)
+    return View(store, cached(store, key, lambda: select(lengths, rule, stage.seq_len, store.masked, where)))
+
+
+def _packing(stage: StageConfig, domain: str, store: TokenStore, documents: Documents) -> Packing:
+    if stage.data.packing == "concat":
+        return ConcatPacking(documents, stage.seq_len)
+    rule, window = rule_key(rule_of(stage.data, domain)), stage.data.window
+    key = {"kind": "best_fit", "rule": rule, "seq_len": stage.seq_len, "window": window}
+    build = functools.partial(best_fit, np.diff(documents.offsets), stage.seq_len, window)
+    return PlannedPacking(cached(store, key, build))
 
 
 def _check(stage: StageConfig, sets: Mapping[str, TokenStore]) -> None:
     domains = stage.data.domains
     if not domains:
         raise UserError("data.domains of the stage is empty; name at least one of data.sets with a weight")
-    if stage.data.packing != "concat":
-        raise UserError(f"data.packing={stage.data.packing} is unknown; use concat")
+    if stage.data.packing not in ("concat", "best_fit"):
+        raise UserError(f"data.packing={stage.data.packing} is unknown; use concat or best_fit")
     for domain, weight in domains.items():
         if domain not in sets:
             known = ", ".join(sorted(sets)) or "none"
             raise UserError(f"data.domains.{domain}: no such set; data.sets has {known}")
         if not 0 < weight < float("inf"):
             raise UserError(f"data.domains.{domain}={weight}: must be positive; leave out what is not used")
+        if sets[domain].masked:
+            _check_masked(stage, domain)
     if len({sets[domain].tokenizer_fingerprint for domain in domains}) > 1:
         names = ", ".join(sorted(domains))
         raise UserError(f"data.sets {names} were made with different tokenizers; prepare them with one")
+
+
+def _check_masked(stage: StageConfig, domain: str) -> None:
+    """Answers are trained on whole or not at all."""
+    if stage.data.packing == "concat":
+        raise UserError(
+            f"data.packing=concat would cut answers of domain {domain} and train on what is left: use "
+            "data.packing=best_fit"
+        )
+    what = long_rule(rule_of(stage.data, domain), True)
+    if what in ("split", "truncate"):
+        raise UserError(f"data.rules.{domain}.long={what} would train on cut answers: use drop or error")

@@ -23,6 +23,9 @@ class MemoryDocuments:
     def doc(self, i: int) -> np.ndarray:
         return np.arange(self.offsets[i], self.offsets[i + 1]) + 1
 
+    def loss(self, i: int) -> np.ndarray | None:
+        return None
+
 
 def write_store(
     folder: Path,

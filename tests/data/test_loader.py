@@ -66,7 +66,16 @@ def test_ranks_and_micro_batches_only_share_the_work(
 ) -> None:
     world, micro = shape
     expected = global_rows(sets, make_stage(), 1)[step * 8 :]
-    assert torch.equal(global_rows(sets, make_stage(micro_batch=micro), world, step), expected)
+    in_order = make_stage(micro_batch=micro)
+    in_order.data.balance = False
+    assert torch.equal(global_rows(sets, in_order, world, step), expected)
+    dealt = global_rows(sets, make_stage(micro_batch=micro), world, step)
+    assert sorted_steps(dealt, world) == sorted_steps(expected, 1)
+
+
+def sorted_steps(rows: torch.Tensor, world: int) -> list[list[list[int]]]:
+    """Of each step the rows, as lists, in an order of their own; `rows` as `global_rows` gives them."""
+    return [sorted(step.flatten(1).tolist()) for step in rows.unflatten(0, (-1, 8))]
 
 
 def test_prefetch_changes_nothing_and_state_travels_with_its_batch(sets: dict[str, TokenStore]) -> None:

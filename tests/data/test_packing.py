@@ -1,10 +1,11 @@
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from conf.constants import IGNORE_INDEX
 from data.batch import cu_seqlens_of
-from data.packing import ConcatPacking
+from data.packing import ConcatPacking, PlannedPacking, best_fit, build_row
 from tests.data.build import MemoryDocuments
 
 LENGTHS = st.lists(st.one_of(st.just(1), st.integers(1, 9), st.integers(20, 70)), min_size=1, max_size=25)
@@ -51,3 +52,58 @@ def test_labels_count_every_target_of_the_set_once() -> None:
     packing = ConcatPacking(docs, 4)
     labels = np.concatenate([packing.row(i).labels for i in range(packing.num_rows)])
     assert (labels != IGNORE_INDEX).sum() == docs.num_tokens - docs.num_docs  # all but each document's first token
+
+
+@settings(deadline=None, max_examples=150)
+@given(lengths=LENGTHS, seq_len=st.integers(1, 24), window=st.integers(1, 30))
+def test_best_fit_holds_each_token_once_and_cuts_only_what_is_too_long(
+    lengths: list[int], seq_len: int, window: int
+) -> None:
+    docs = MemoryDocuments(lengths)
+    packing = PlannedPacking(best_fit(np.array(lengths), seq_len, window))
+    seen: list[int] = []
+    for index in range(packing.num_rows):
+        pieces = packing.pieces(index)
+        assert 0 < pieces.size.sum() <= seq_len
+        for doc, skip, size in zip(*pieces, strict=True):
+            assert skip % seq_len == 0 and size == min(lengths[doc] - skip, seq_len)
+        row = build_row(docs, pieces, seq_len)
+        real = int(pieces.size.sum())
+        assert not row.input_ids[real:].any() and (row.labels[real:] == IGNORE_INDEX).all()
+        borders, _ = cu_seqlens_of(row.positions[None])
+        assert np.diff(borders).tolist() == [*pieces.size, *([seq_len - real] if real < seq_len else [])]
+        ends = docs.offsets[docs.doc_of[row.input_ids[:real] - 1] + 1]
+        expected = np.where(row.input_ids[:real] < ends, row.input_ids[:real] + 1, IGNORE_INDEX)
+        assert np.array_equal(row.labels[:real], expected)
+        seen += row.input_ids[:real].tolist()
+    assert sorted(seen) == list(range(1, docs.num_tokens + 1))
+
+
+def test_best_fit_wastes_little_on_mixed_lengths(capsys: pytest.CaptureFixture[str]) -> None:
+    """Lengths as of a mix of web text, code and books: log-normal around 600 tokens, a tenth far longer."""
+    rng = np.random.default_rng(0)
+    short, long = rng.lognormal(6.4, 1.1, 18_000), rng.lognormal(9.5, 1.0, 2_000)
+    lengths = np.concatenate([short, long]).astype(np.int64) + 1
+    rng.shuffle(lengths)
+    for seq_len in (4096, 32_768):
+        packing = PlannedPacking(best_fit(lengths, seq_len, 65_536))
+        useful = lengths.sum() / (packing.num_rows * seq_len)
+        cut = np.maximum(lengths - seq_len, 0).astype(bool).mean()
+        with capsys.disabled():
+            print(
+                f"  best_fit, {seq_len}: {useful:.2%} of {packing.num_rows} rows useful, {cut:.1%} documents cut"
+            )
+        assert useful >= 0.98
+
+
+def test_masked_tokens_are_no_labels() -> None:
+    class Masked(MemoryDocuments):
+        def loss(self, i: int) -> np.ndarray:
+            return np.arange(self.offsets[i], self.offsets[i + 1]) % 3 == 0
+
+    docs = Masked([7, 12, 3])
+    for packing in (ConcatPacking(docs, 8), PlannedPacking(best_fit(np.diff(docs.offsets), 8, 9))):
+        rows = [build_row(docs, packing.pieces(i, 0), 8) for i in range(packing.num_rows)]
+        labels = np.concatenate([row.labels for row in rows])
+        targets = [t + 1 for t in range(docs.num_tokens) if t not in docs.offsets and t % 3 == 0]
+        assert sorted(labels[labels != IGNORE_INDEX]) == targets
