@@ -40,13 +40,18 @@ def llama_config(**changes: Any) -> Any:
     return LlamaConfig(**{**settings, **changes})
 
 
-def save_llama(folder: Path, tokenizer: bool = True, max_shard_size: str = "5GB", **changes: Any) -> Path:
+def save_llama(
+    folder: Path, tokenizer: bool = True, max_shard_size: str = "5GB", dtype: str = "float32", **changes: Any
+) -> Path:
     """A Llama folder; weights depend on the configuration alone."""
     import torch
     from transformers import LlamaForCausalLM
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     torch.manual_seed(0)
-    LlamaForCausalLM(llama_config(**changes)).save_pretrained(folder, max_shard_size=max_shard_size)
+    model = LlamaForCausalLM(llama_config(**changes)).to(getattr(torch, dtype))
+    model.save_pretrained(folder, max_shard_size=max_shard_size)
     if tokenizer:
         save_tokenizer(folder)
     return folder

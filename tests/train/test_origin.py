@@ -22,7 +22,9 @@ from train.origin import open_origin
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """bf16, so that masters are exact in both precisions."""
     path = tmp_path_factory.mktemp("hf") / "llama"
-    return save_llama(path, tokenizer=False, vocab_size=67, hidden_size=36, num_attention_heads=6, dtype="bfloat16")
+    return save_llama(
+        path, tokenizer=False, vocab_size=67, hidden_size=36, num_attention_heads=6, dtype="bfloat16"
+    )
 
 
 def test_zero3_starts_as_zero0_and_as_the_folder(pool2: GlooPool, folder: Path) -> None:
@@ -39,7 +41,8 @@ def test_zero3_starts_as_zero0_and_as_the_folder(pool2: GlooPool, folder: Path) 
 def test_bf16_keeps_fp32_frequencies_and_masters(pool2: GlooPool, folder: Path) -> None:
     """ZeRO-3's construction rounds every tensor made inside: neither RoPE nor the masters may suffer."""
     zero1, zero3 = (pool2(init_jobs.first_loss, str(folder), stage, "bf16")[0] for stage in (1, 3))
-    np.testing.assert_allclose(zero3["loss"], zero1["loss"], rtol=1e-5)
+    assert zero3["loss"][0] == pytest.approx(zero1["loss"][0], rel=1e-6)
+    assert zero3["loss"][1] == pytest.approx(zero1["loss"][1], rel=2e-3)  # gradients are summed in another order
     for name, tensor in read_hf(folder).weights:
         np.testing.assert_array_equal(zero3["masters"][name], tensor.float().numpy())
 
@@ -54,17 +57,22 @@ def test_key_convolution_is_added_as_the_identity(pool2: GlooPool, folder: Path)
         }
 
 
-def test_no_rank_holds_the_whole_model(pool2: GlooPool, tmp_path: Path) -> None:
+def test_no_rank_holds_the_whole_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Tensors in pages of their own, given back when freed: otherwise holes in the C heap count as memory in use.
+    monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "65536")
+    pool = GlooPool(2)
     big = save_llama(
         tmp_path / "big", tokenizer=False, vocab_size=1000, hidden_size=512, intermediate_size=1024,
         num_hidden_layers=12, max_shard_size="20MB",
     )  # fmt: skip
-    for sizes in pool2(init_jobs.memory_of_init, str(big)):
+    results = pool(init_jobs.memory_of_init, str(big))
+    pool.close()
+    for sizes in results:
         print({name: f"{size / 2**20:.1f} MiB" for name, size in sizes.items()})
         assert sizes["whole"] > 100e6
         assert sizes["held"] <= 0.52 * sizes["whole"]
         assert sizes["masters"] <= 0.52 * sizes["whole"]
-        assert sizes["peak"] < 0.75 * sizes["whole"]  # half, and a few tensors on their way
+        assert sizes["peak"] < 0.52 * sizes["whole"] + 32 * 2**20  # half, and a few tensors on their way
 
 
 def test_a_bad_folder_is_told_by_every_rank(tmp_path: Path) -> None:
