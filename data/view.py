@@ -30,15 +30,16 @@ class View:
     """Documents of `store` in a chosen order: entry i is document `ids[i]`, as far as `offsets` reaches."""
 
     def __init__(self, store: Documents, tables: Tables) -> None:
-        self._store, self._ids = store, tables["ids"]
+        self._store = store
+        self.ids: np.ndarray = tables["ids"]
         self.offsets: np.ndarray = tables["offsets"]
-        self.num_docs, self.num_tokens = len(self._ids), int(self.offsets[-1])
+        self.num_docs, self.num_tokens = len(self.ids), int(self.offsets[-1])
 
     def doc(self, i: int) -> np.ndarray:
-        return self._store.doc(int(self._ids[i]))[: int(self.offsets[i + 1] - self.offsets[i])]
+        return self._store.doc(int(self.ids[i]))[: int(self.offsets[i + 1] - self.offsets[i])]
 
     def loss(self, i: int) -> np.ndarray | None:
-        return self._store.loss(int(self._ids[i]))
+        return self._store.loss(int(self.ids[i]))
 
 
 def long_rule(rule: DomainRule, masked: bool) -> str:

@@ -7,16 +7,25 @@ from pathlib import Path
 
 from conf.compose import compose
 from conf.ranges import check_fields
-from conf.schema import PrepareConfig
+from conf.schema import PrepareConfig, TrainConfig
+from launch import inspect, train
 from launch.command import Command
 
-
-def resolve(overrides: Sequence[str]) -> PrepareConfig:
-    return compose("prepare", overrides)
+INSPECT = "inspect"
 
 
-def run(config: PrepareConfig) -> int:
+def resolve(overrides: Sequence[str]) -> PrepareConfig | TrainConfig:
+    """`inspect` as the first word: the rest is a training configuration."""
+    if not overrides or overrides[0] != INSPECT:
+        return compose("prepare", overrides)
+    rest = list(overrides[1:])
+    return train.resolve(rest if any(item.startswith("out=") for item in rest) else [*rest, "out=runs/inspect"])
+
+
+def run(config: PrepareConfig | TrainConfig) -> int:
     """Prepare `config.source` into `config.out`; a set that is complete already is left as it is."""
+    if isinstance(config, TrainConfig):
+        return inspect.run(config)
     from data.prepare import prepare
     from data.store import TokenStore
 
@@ -38,11 +47,23 @@ COMMAND = Command(
     summary="tokenise documents into memory-mapped shards",
     text="""
 Reads text, trains a tokenizer or takes an existing one, and writes a data set folder that
-data.sets.NAME.path of `moba train` can point to. A share of the documents is held out for evaluation.
+data.sets.NAME.path of `moba train` can point to. A share of the documents is held out for evaluation. Killed half
+way, the same command goes on with what is finished.
+
+source is a folder or file (.txt .md .py; .jsonl, also .gz and .zst; .parquet; .arrow), a folder of code
+repositories (read.repos=1: each folder in it is one document), hub:NAME (streamed from the Hugging Face hub), or
+synthetic (retrieval tasks made up). read.kind=chat takes conversations, with loss on the answers only.
+
+moba prepare inspect takes the keys of `moba train` and shows each stage's mixture as it will be trained: shares by
+domain and by document length, epochs, padding, balance of the ranks; plots/mixture.png below out.
 """,
     examples=(
         "moba prepare out=runs/data/stdlib source=stdlib",
         "moba prepare out=runs/data/mine source=my/texts tokenizer.path=runs/data/stdlib/tokenizer",
+        "moba prepare out=data/code source=my/clones read.repos=1 tokenizer.path=llama heldout=0.01 workers=16",
+        "moba prepare out=data/chat source=chats.jsonl.zst read.kind=chat tokenizer.path=llama-instruct",
+        "moba prepare out=data/needles source=synthetic synthetic.lengths=[4096,32768] tokenizer.path=llama",
+        "moba prepare inspect recipe=quickstart",
     ),
     resolve=resolve,
     run=run,
