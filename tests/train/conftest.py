@@ -25,6 +25,13 @@ def pool2() -> Iterator[GlooPool]:
 
 
 @pytest.fixture(scope="session")
+def pool4() -> Iterator[GlooPool]:
+    pool = GlooPool(4)
+    yield pool
+    pool.close()
+
+
+@pytest.fixture(scope="session")
 def pools(pool1: GlooPool, pool2: GlooPool) -> dict[int, GlooPool]:
     """By world size."""
     return {1: pool1, 2: pool2}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 from typing import Any
 
 import numpy as np
@@ -13,9 +15,10 @@ from conf.constants import IGNORE_INDEX
 from conf.schema import ModelConfig, RopeConfig, TrainConfig
 from data.batch import Batch, cu_seqlens_of
 from model.execution import Execution
+from model.offload import HostOffload
 from model.schedule import FULL, LayerPlan, plan
 from model.sequence_parallel import SequenceParallel
-from model.transformer import CausalLM
+from model.transformer import CausalLM, drawn_weights
 from tests.train import jobs
 
 VOCAB, HEADS, HEAD_DIM, SEQ_LEN, TRAILING, STEPS = 61, 4, 8, 96, 12, 3
@@ -119,15 +122,60 @@ def train_config(zero_stage: int, sequence_parallel: int) -> TrainConfig:
     return config
 
 
-def train(config: TrainConfig) -> Result:
+def train(config: TrainConfig, load: str = "", save: str = "") -> Result:
     """Fit, and report everything."""
     from train.loop import fit
 
-    run = jobs.make_run(config)
+    run = jobs.make_run(config, load, save)
+    move_small_tensors(run.engine.module)
     fit(run)
     result = jobs.result_of(run)
     run.engine.destroy()
     return result
+
+
+def move_small_tensors(model: CausalLM) -> None:
+    """Offloading passes over tensors as small as those of the tests, unless told otherwise."""
+    if model.model.offload is not None:
+        model.model.offload = HostOffload(min_bytes=0)
+
+
+def run_stage(config: TrainConfig, name: str) -> tuple[int, str]:
+    """A whole stage as a worker runs it; what rank 0 printed."""
+    from train import run
+    from train.engine import init_distributed
+
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said):
+        code = run.run_stage(config, name, init_distributed(config.mesh.sequence_parallel))
+    return code, said.getvalue()
+
+
+def unequal_rows(config: TrainConfig, tile: int) -> list[float]:
+    """Per-token losses and a backward pass under ZeRO-3 where each rank has other tokens, and so other tiles."""
+    import deepspeed
+
+    from train.engine import build_engine, build_model, init_distributed
+    from train.state import fill_model
+
+    mesh = init_distributed(1)
+    config.engine.mlp_tile = tile
+    execution = Execution(mlp_tile=tile, checkpointing=config.engine.checkpointing)
+    model = build_model(config, "one", RopeConfig(), 1, execution)
+    fill_model(model, drawn_weights(config.model, 0), "drawn")
+    engine = build_engine(model, config, 1, 1, mesh)
+    length = 16 * (1 + mesh.rank)
+    ids = torch.arange(length)[None] % config.model.vocab_size
+    borders = torch.tensor([0, length], dtype=torch.int32)
+    out = engine(ids, ids, torch.arange(length)[None], borders, length, (MOBA, FULL))
+    engine.backward(out.loss_sum / 100, scale_wrt_gas=False)
+    norms = []
+    for parameter in model.parameters():
+        grad = deepspeed.utils.safe_get_full_grad(parameter)
+        assert grad is not None
+        norms.append(float(grad.norm()))
+    engine.destroy()
+    return norms
 
 
 def train_alone(config: TrainConfig) -> Result:

@@ -3,29 +3,26 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+import json
 from functools import cache
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from conf.paths import RunPaths
 from model.execution import PLAIN
 from model.sequence_parallel import bytes_per_layer, kv_copies
 from tests.gloo import GlooPool
 from tests.tolerances import assert_close
+from tests.train import jobs as base
 from tests.train import sp_jobs as jobs
 
 CASES = [
     *itertools.product((1, 2, 4), (1,), ("full", "moba", "hybrid")),
     *itertools.product((2,), (2,), ("moba", "hybrid")),
 ]
-
-
-@pytest.fixture(scope="module")
-def pool4() -> Iterator[GlooPool]:
-    pool = GlooPool(4)
-    yield pool
-    pool.close()
 
 
 @cache
@@ -79,6 +76,35 @@ def test_every_zero_stage_trains_like_one_process(pool4: GlooPool, zero_stage: i
     """Two data-parallel ranks times two sequence-parallel ones, clipping in each step."""
     for rank, result in enumerate(pool4(jobs.train, jobs.train_config(zero_stage, 2))):
         jobs.assert_trained_alike(result, trained_alone(), f"rank {rank}")
+
+
+def rows_of(out: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in RunPaths(out).metrics.read_text().splitlines()]
+
+
+def test_a_whole_stage(pool1: GlooPool, pool2: GlooPool, prepared: Path, tmp_path: Path) -> None:
+    """Real data, held-out loss before and after, trailing loss and log: the rows of one process."""
+    configs = {size: base.chain_config(str(tmp_path / str(size)), str(prepared)) for size in (1, 2)}
+    for size, config in configs.items():
+        config.mesh.sequence_parallel = size
+        config.stages["short"].micro_batch = 2
+    assert pool1(jobs.run_stage, configs[1], "short")[0][0] == 0
+    (code, said), (other, silent) = pool2(jobs.run_stage, configs[2], "short")
+    assert (code, other, silent) == (0, 0, "")
+    # 2 rows of 32 tokens, 2 heads of 8 and 1 kv head sent twice, fp32: half of it goes away, there and back
+    assert bytes_per_layer(64, 2, 1, 8, 4, 2) == 2 * 32 * (2 + 2 + 2 + 2) * 8 * 4 // 2
+    assert "sequence parallelism over 2 ranks: each sends 0.00781 MiB per layer and micro-batch" in said
+    want, got = (rows_of(tmp_path / str(size)) for size in (1, 2))
+    assert [(row["kind"], row["step"]) for row in got] == [(row["kind"], row["step"]) for row in want]
+    for ours, theirs in zip(got, want, strict=True):
+        assert ours.keys() == theirs.keys()
+        for key, value in theirs.items():
+            if isinstance(value, float) and key != "tokens_per_s":
+                assert ours[key] == pytest.approx(value, rel=1e-5), key
+            elif key != "tokens_per_s":
+                assert ours[key] == value, key
+    assert any("trailing_loss" in row for row in want if row["kind"] == "train")
+    assert any("trailing_loss" in row for row in want if row["kind"] == "eval")
 
 
 def test_bytes_per_layer_by_hand() -> None:
