@@ -82,7 +82,7 @@ def tiles_for(head_dim: int, block_size: int, num_blocks: int) -> Tiles:
             stream=3,
             fused=cover,
         )
-    gate = Tile(rows=128 if num_blocks >= 1024 else 64, keys=32 if num_blocks <= 40 else 64, warps=4, stages=1)
+    gate = Tile(rows=64, keys=32 if num_blocks <= 80 else 64, warps=4, stages=1)
     return _covered(head_dim, gate, whole) if whole <= 128 else _streamed(head_dim, gate, block_size)
 
 
