@@ -61,7 +61,7 @@ def stages(draw: st.DrawFn) -> StageConfig:
 def stream(
     sets: dict[str, TokenStore], stage: StageConfig, shape: tuple[int, int], seed: int, start: int, depth: int
 ) -> tuple[list[int], list[Counter[tuple[int, ...]]], list[dict[str, object]]]:
-    """Per step from `start` on: hash over all ranks, rows (ids, labels, positions) as a multiset, rank 0's state."""
+    """Per step from `start`: hash over all ranks, rows (ids, labels, positions) as a multiset, rank 0's state."""
     world, stage.micro_batch = shape
     loaders = [
         TrainLoader(stage, sets, seed=seed, dp_rank=r, dp_world=world, start_step=start, name="s", prefetch=depth)
