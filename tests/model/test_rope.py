@@ -51,7 +51,7 @@ def test_frequencies_are_those_of_transformers(name: str, head_dim: int) -> None
     assert scale == pytest.approx(theirs.attention_scaling, rel=1e-12)
 
 
-@pytest.mark.parametrize("seq_len", [8_192, 131_072, 1_048_576])
+@pytest.mark.parametrize("seq_len", [8_192, 32_768, 131_072, 262_144, 524_288, 1_048_576])
 @pytest.mark.parametrize("name", KINDS)
 def test_tables_agree_with_transformers_in_float64(name: str, seq_len: int) -> None:
     """Their tables, with their own frequencies and the product in float64, to 1e-6 at 8K to 1M positions."""
@@ -72,6 +72,40 @@ def test_error_at_a_million() -> None:
     theirs, _ = hf_rotary(RopeConfig(), 128, 1_048_576)(torch.zeros(1), positions[None])
     assert (ours - exact).abs().max() < 1e-7
     assert (theirs[0, :, :64] - exact).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_error_at_the_last_position_of_a_million(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """cos and sin at position 1,048,575 against frequency x position in decimal arithmetic of 60 digits."""
+    position = 1_048_575
+    inv_freq, scale = rope_parameters(KINDS[name], 128)
+    exact = torch.tensor([_decimal_angle(float(f), position) for f in inv_freq], dtype=torch.float64)
+    cos, sin = Rotary(KINDS[name], 128).tables(torch.tensor([position]))
+    theirs = hf_rotary(KINDS[name], 128, position + 1)(torch.zeros(1), torch.tensor([[position]]))
+    ours = max(_error(cos[0], exact.cos() * scale), _error(sin[0], exact.sin() * scale))
+    upstream = max(
+        _error(theirs[0][0, 0, :64], exact.cos() * scale), _error(theirs[1][0, 0, :64], exact.sin() * scale)
+    )
+    with capsys.disabled():
+        print(
+            f"\n  {name}: error at position {position:,}: {ours:.1e}, fp32 angles of transformers: {upstream:.1e}"
+        )
+    assert ours < 1.3e-7 * scale
+    assert upstream > 100 * ours
+
+
+def _error(actual: torch.Tensor, exact: torch.Tensor) -> float:
+    return float((actual.double() - exact).abs().max())
+
+
+def _decimal_angle(frequency: float, position: int) -> float:
+    """frequency * position modulo 2 pi, exact to float64."""
+    from decimal import Decimal, localcontext
+
+    with localcontext() as context:
+        context.prec = 60
+        two_pi = Decimal("6.28318530717958647692528676655900576839433879875021164194988918461563281257")
+        return float(Decimal(frequency) * position % two_pi)
 
 
 def test_tables_in_chunks_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
