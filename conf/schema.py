@@ -232,6 +232,7 @@ class LaunchConfig:
 class CheckpointConfig:
     every: int = 0  # steps between saves; 0: only at the end of each stage
     keep: int = 2  # newest so many are kept; the last of each stage always is
+    background: bool = True  # written while training goes on, from a copy of each rank's share in host memory
 
 
 @dataclass

@@ -6,13 +6,16 @@ written last, `manifest.json` with the size and SHA-256 of all the others. It is
 renamed when complete: a kill at any moment leaves the previous checkpoint the newest one.
 
 Ranks share the writing. Parameters are dealt out to shards by a rule every rank computes alike; in each round
-every rank receives one shard, parameter by parameter, then all write at once. Host memory holds one shard.
+every rank receives one shard, parameter by parameter. `save_checkpoint` writes it at once and holds one shard in
+host memory; `train.saver` keeps a rank's shards and writes them while training goes on. Checking is shared too.
 """
 
 from __future__ import annotations
 
 import json
 import sys
+import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +28,7 @@ from conf.paths import CheckpointPaths, checkpoint_name
 from conf.schema import TrainConfig
 from model.weights import TensorFiles, read_weights, verify_checkpoint
 from train.engine import DeepSpeedEngine
-from train.files import remove_folder, sync_folder, write_durably
+from train.files import remove_folder, safetensors_parts, sync_folder, write_durably
 from train.mesh import Mesh
 from train.state import (
     MOMENTS,
@@ -43,6 +46,7 @@ from train.state import (
 VERSION = 1
 SHARD_BYTES = 256 * 2**20  # of weights; a rank holds three times as much (two moments) while it writes
 Entries = dict[str, dict[str, object]]  # manifest lines
+Take = Callable[[int, dict[str, Tensor], dict[str, Tensor]], None]  # shard number, its weights, its moments
 
 
 class SaveError(RuntimeError):
@@ -75,23 +79,32 @@ def save_checkpoint(
         SaveError: on every rank alike, when any of them could not write.
     """
     final = checkpoints / checkpoint_name(state.step)
-    temporary = checkpoints / f".tmp-{final.name}"
-    state.optimizer_step = optimizer_step(engine)
-    _together(mesh, lambda: _fresh_folder(temporary) if mesh.is_main else None)
+    temporary = begin(final, engine, state, mesh)
     entries: Entries = {}
-    for part in _together(mesh, lambda: _write_shards(temporary, engine, mesh)):
+    for part in together(mesh, lambda: _write_shards(temporary, engine, mesh)):
         entries.update(part)
-    _together(mesh, lambda: commit(temporary, final, entries, state, config, tokenizer) if mesh.is_main else None)
+    together(mesh, lambda: commit(temporary, final, entries, state, config, tokenizer) if mesh.is_main else None)
     return final
 
 
-def _together(mesh: Mesh, work: Any) -> list[Any]:
-    """Every rank does `work()`; results in rank order. One rank's I/O error becomes everybody's SaveError."""
+def begin(final: Path, engine: DeepSpeedEngine, state: TrainState, mesh: Mesh) -> Path:
+    """The empty folder in which the checkpoint `final` will be built; leftovers of others go. Collective."""
+    temporary = final.with_name(f".tmp-{final.name}")
+    state.optimizer_step = optimizer_step(engine)
+    together(mesh, lambda: _fresh_folder(temporary) if mesh.is_main else None)
+    return temporary
+
+
+def together(mesh: Mesh, work: Any) -> list[Any]:
+    """Every rank does `work()`; results in rank order. One rank's error becomes everybody's SaveError."""
     result, error = None, None
     try:
         result = work()
     except OSError as caught:
         error = f"{caught.strerror or caught} ({caught.filename or 'checkpoint'})"
+    except Exception as caught:  # the others wait for this rank's answer: they must hear of any failure
+        traceback.print_exc()
+        error = f"{type(caught).__name__}: {caught}"
     answers = mesh.gather((result, error))
     errors = [f"rank {rank}: {error}" for rank, (_, error) in enumerate(answers) if error]
     if errors:
@@ -107,12 +120,31 @@ def _fresh_folder(path: Path) -> None:
 
 def _write_shards(folder: Path, engine: DeepSpeedEngine, mesh: Mesh) -> Entries:
     """This rank's share of the tensor files. Goes through every collective even after a failed write."""
+    entries: Entries = {}
+    failures: list[OSError] = []
+
+    def write(index: int, weights: dict[str, Tensor], moments: dict[str, Tensor]) -> None:
+        try:
+            if not failures:
+                entries.update(write_shard(folder, index, weights, moments))
+        except OSError as caught:
+            failures.append(caught)
+
+    collect_shards(engine, mesh, _host_copy, write)
+    if failures:
+        raise failures[0]
+    return entries
+
+
+def collect_shards(engine: DeepSpeedEngine, mesh: Mesh, copy: Callable[[str, Tensor], Tensor], take: Take) -> None:
+    """Bring this rank's shards together, one after the other, and hand each to `take`. Collective.
+
+    `copy(key, tensor)` is asked for what `take` gets of each weight and moment; it must not keep the tensor.
+    """
     if not optimizer_step(engine):
         reset_optimizer(engine, 0)  # saved before the first step: the moments do not exist yet
     params = dict(named_parameters(engine))
     shards = plan_shards({name: 4 * full_shape(param).numel() for name, param in params.items()}, mesh.world)
-    entries: Entries = {}
-    failure: OSError | None = None
     for first in range(0, len(shards), mesh.world):
         weights: dict[str, Tensor] = {}
         moments: dict[str, Tensor] = {}
@@ -121,36 +153,32 @@ def _write_shards(folder: Path, engine: DeepSpeedEngine, mesh: Mesh) -> Entries:
                 for key in (WEIGHT, *MOMENTS):
                     full = get_full(engine, params[name], key)
                     if owner == mesh.rank and key == WEIGHT:
-                        weights[name] = _host_copy(full)
+                        weights[name] = copy(name, full)
                     elif owner == mesh.rank:
-                        moments[f"{key}.{name}"] = _host_copy(full)
-        if weights and failure is None:
-            index = first + mesh.rank
-            try:
-                entries |= write_tensors(folder, f"weights-{index:05d}.safetensors", weights)
-                entries |= write_tensors(folder, f"optim-{index:05d}.safetensors", moments)
-            except OSError as caught:
-                failure = caught
-    if failure is not None:
-        raise failure
-    return entries
+                        moments[f"{key}.{name}"] = copy(f"{key}.{name}", full)
+        if weights:
+            take(first + mesh.rank, weights, moments)
 
 
-def _host_copy(full: Tensor) -> Tensor:
+def _host_copy(key: str, full: Tensor) -> Tensor:
     return full.detach().to("cpu", torch.float32, copy=True).contiguous()
 
 
-def write_tensors(folder: Path, name: str, tensors: dict[str, Tensor]) -> Entries:
-    """Write one safetensors file durably; returns its manifest line. Holds the tensors twice for a moment."""
-    from safetensors.torch import save
+def write_shard(folder: Path, index: int, weights: dict[str, Tensor], moments: dict[str, Tensor]) -> Entries:
+    """The two files of one shard, durably; returns their manifest lines."""
+    entries = write_tensors(folder, f"weights-{index:05d}.safetensors", weights)
+    return entries | write_tensors(folder, f"optim-{index:05d}.safetensors", moments)
 
-    return write_durably(folder, name, save(tensors, metadata={"format": "pt"}))
+
+def write_tensors(folder: Path, name: str, tensors: dict[str, Tensor]) -> Entries:
+    """Write one safetensors file durably, straight from the tensors; returns its manifest line."""
+    return write_durably(folder, name, *safetensors_parts(tensors))
 
 
 def commit(
     temporary: Path, final: Path, entries: Entries, state: TrainState, config: TrainConfig, tokenizer: Path
 ) -> None:
-    """One process, after all tensor files lie in `temporary`: the small files, the manifest, the rename to `final`.
+    """One process, when all tensor files lie in `temporary`: the small files, the manifest, the rename to `final`.
 
     `entries`: manifest lines of the tensor files. `tokenizer`: folder that is copied.
     """
@@ -189,33 +217,35 @@ def read_state(checkpoint: Path) -> TrainState:
 def newest_valid(checkpoints: Path, mesh: Mesh) -> Path | None:
     """The newest checkpoint whose files all have the manifest's sizes and checksums; None: there is none at all.
 
-    Damaged ones are renamed to `.invalid-...` and reported. Collective; rank 0 does the reading.
+    Damaged ones are renamed to `.invalid-...` and reported. Collective; every rank reads and hashes its share.
 
     Raises:
         UserError: there are checkpoints, but not one is valid. Starting afresh must be the user's decision.
     """
-    found: str | None = None
-    problem = ""
-    if mesh.is_main:
-        folders = checkpoint_folders(checkpoints)
-        for folder in reversed(folders):
-            try:
-                verify_checkpoint(folder)
-            except (UserError, OSError) as error:
-                aside = folder.with_name(f".invalid-{folder.name}")
-                remove_folder(aside)
-                folder.rename(aside)
-                print(f"WARNING: checkpoint {folder.name} is damaged: {error}", file=sys.stderr)
-                print(f"WARNING: it is now {aside.name}; trying the one before it", file=sys.stderr, flush=True)
-                continue
-            found = str(folder)
-            break
-        if folders and found is None:
-            problem = f"{checkpoints}: no checkpoint is valid; move the folder away to start from scratch"
-    found, problem = mesh.broadcast((found, problem))
-    if problem:
-        raise UserError(problem)
-    return None if found is None else Path(found)
+    names = mesh.broadcast([path.name for path in checkpoint_folders(checkpoints)] if mesh.is_main else None)
+    for name in reversed(names):
+        error = _damage(checkpoints / name, mesh)
+        if not error:
+            return checkpoints / name
+        if mesh.is_main:
+            aside = checkpoints / f".invalid-{name}"
+            remove_folder(aside)
+            (checkpoints / name).rename(aside)
+            print(f"WARNING: checkpoint {name} is damaged: {error}", file=sys.stderr)
+            print(f"WARNING: it is now {aside.name}; trying the one before it", file=sys.stderr, flush=True)
+    if names:
+        raise UserError(f"{checkpoints}: no checkpoint is valid; move the folder away to start from scratch")
+    return None
+
+
+def _damage(checkpoint: Path, mesh: Mesh) -> str:
+    """What is wrong with a checkpoint, the same on every rank; empty: nothing. Collective."""
+    error = ""
+    try:
+        verify_checkpoint(checkpoint, share=slice(mesh.rank, None, mesh.world))
+    except (UserError, OSError) as caught:
+        error = str(caught)
+    return next(filter(None, mesh.gather(error)), "")
 
 
 def prune(checkpoints: Path, keep: int) -> None:

@@ -3,27 +3,61 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import shutil
 from pathlib import Path
 
+import torch
+from torch import Tensor
 
-def sha256(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()
+PIECE = 1 << 22  # bytes written and hashed at a time; both let other threads run meanwhile
+_DTYPES = {
+    torch.float32: "F32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+}  # as the safetensors format has them
 
 
-def write_durably(root: Path, name: str, data: bytes) -> dict[str, dict[str, object]]:
+def write_durably(root: Path, name: str, *parts: bytes | memoryview) -> dict[str, dict[str, object]]:
     """Write `root/name` and flush it to the disk; returns its manifest entry `{name: {"bytes", "sha256"}}`.
 
     The checksum is of the bytes in memory, so that a disk which stores something else is found at load.
     """
     path = root / name
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("wb") as file:
-        file.write(data)
-        file.flush()
+    digest, size = hashlib.sha256(), 0
+    with path.open("wb", buffering=0) as file:
+        for part in parts:
+            for start in range(0, len(part), PIECE):
+                piece = memoryview(part)[start : start + PIECE]
+                digest.update(piece)
+                size += len(piece)
+                while len(piece):
+                    piece = piece[file.write(piece) :]
         os.fsync(file.fileno())
-    return {name: {"bytes": len(data), "sha256": sha256(data)}}
+    return {name: {"bytes": size, "sha256": digest.hexdigest()}}
+
+
+def safetensors_parts(tensors: dict[str, Tensor]) -> list[bytes | memoryview]:
+    """The bytes of a safetensors file as views of the tensors: header length, JSON header, raw values.
+
+    safetensors itself would first make a copy of them all. CPU tensors of float dtypes, any shape, contiguous.
+    """
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    values: list[bytes | memoryview] = []
+    end = 0
+    for name, tensor in tensors.items():
+        start, end = end, end + tensor.numel() * tensor.element_size()
+        header[name] = {
+            "dtype": _DTYPES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [start, end],
+        }
+        values.append(memoryview(tensor.detach().reshape(-1).view(torch.uint8).numpy()))
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # values start at a multiple of 8
+    return [len(text).to_bytes(8, "little"), text, *values]
 
 
 def sync_folder(path: Path) -> None:

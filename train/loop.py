@@ -25,6 +25,7 @@ from train.mesh import Mesh
 from train.metrics import MetricsLog, Row
 from train.optim import lr_at
 from train.pending import PendingRow, Stopwatch
+from train.saver import Saver
 from train.signals import StopSignal
 from train.state import TrainState
 
@@ -46,6 +47,7 @@ class Run:
     stop: StopSignal
     evaluate: Callable[[Plans], Row]  # held-out loss; collective
     save: Callable[[], None]  # checkpoint of `state`; collective
+    saver: Saver | None = None  # behind `save`, where it writes in the background
 
 
 def fit(run: Run) -> int:
@@ -54,7 +56,7 @@ def fit(run: Run) -> int:
     The row of a step is read from the device while the next step runs, so the loop never waits for its own
     kernels; whether to stop travels the same way, and so all ranks stop at the same step.
     """
-    state, config = run.state, run.config
+    state = run.state
     tokens_per_step = run.stage.global_batch * run.stage.seq_len
     plans = current_plans(run)
     pending: PendingRow | None = None
@@ -71,36 +73,58 @@ def fit(run: Run) -> int:
         advance(state, tokens_per_step, run.stage.tokens, loader_state)
         row = describe_step(run, lr, plans) | hash_of_step(run, micro_batches)
         before, pending = pending, PendingRow(sums, row, timer, tokens_per_step)
-        stop = before is not None and before.finish(run.metrics)
-        eval_due = state.stage_done or _every(state.step, config.eval.every)
-        save_due = state.stage_done or at_limit(run) or _every(state.step, config.checkpoint.every)
+        stop = settle(run, before)
+        eval_due, save_due = due(run)
         if stop or eval_due or save_due:
-            stop = pending.finish(run.metrics) or stop
+            stop = settle(run, pending) or stop
             pending = None
         if eval_due:
             evaluate(run, plans)
         if save_due or stop:
             run.save()
         if stop:
+            finish_saving(run)
             run.metrics.say(f"[{state.stage}] step {state.step}: stopped by a signal, saved")
             return EXIT_REQUEUE
+    finish_saving(run)
     return 0
+
+
+def due(run: Run) -> tuple[bool, bool]:
+    """Whether the step that was just counted calls for an evaluation, and for a checkpoint."""
+    state, config = run.state, run.config
+    save = state.stage_done or at_limit(run) or _every(state.step, config.checkpoint.every)
+    return state.stage_done or _every(state.step, config.eval.every), save
+
+
+def settle(run: Run, pending: PendingRow | None) -> bool:
+    """Read a finished step's numbers and act on them, on every rank alike. Returns whether to stop."""
+    if pending is None:
+        return False
+    outcome = pending.finish(run.metrics)
+    if run.saver is not None:
+        run.saver.advance(outcome.saving, outcome.save_failed)
+    return outcome.stop
+
+
+def finish_saving(run: Run) -> None:
+    if run.saver is not None:
+        run.saver.wait()
 
 
 def train_step(run: Run, micro_batches: list[Batch], plans: Plans, lr: float) -> Tensor:
     """One optimizer step on this rank's micro-batches of the global batch.
 
     Returns:
-        float64 [6] on the device, summed over ranks: loss sum, valid tokens, trailing loss sum, trailing
-        tokens, ranks asked to stop; and the gradient norm before clipping.
+        float64 on the device, as `train.pending.Outcome` reads it.
     """
     engine, mesh = run.engine, run.mesh
     num_valid = torch.tensor(sum(mesh.cut(batch).num_valid for batch in micro_batches), dtype=torch.int64)
     num_valid = num_valid.to(mesh.device, non_blocking=True)
     dist.all_reduce(num_valid)
     scale = mesh.world / num_valid.clamp(min=1)
-    sums = torch.zeros(5, dtype=torch.float64, device=mesh.device)
-    sums[4] = float(run.stop.requested)
+    flags = [float(run.stop.requested), *(run.saver.status() if run.saver else (0.0, 0.0))]
+    sums = torch.tensor([0.0] * 4 + flags, dtype=torch.float64).to(mesh.device, non_blocking=True)
     set_lr(engine, lr)
     own_norm = None
     for index, batch in enumerate(micro_batches, start=1):
@@ -120,7 +144,7 @@ def train_step(run: Run, micro_batches: list[Batch], plans: Plans, lr: float) ->
             own_norm = clip_and_norm(engine, run.config.optim)
         engine.step()  # updates at the accumulation boundary, counts micro-batches before it
     dist.all_reduce(sums)
-    return torch.cat([sums, grad_norm(engine, own_norm).double().reshape(1)])
+    return torch.cat([sums[:5], grad_norm(engine, own_norm).double().reshape(1), sums[5:]])
 
 
 def describe_step(run: Run, lr: float, plans: Plans) -> Row:

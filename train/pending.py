@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -33,11 +34,34 @@ class Stopwatch:
         return self._times[1] - self._times[0]
 
 
+@dataclass(frozen=True)
+class Outcome:
+    """What a step brought, summed over ranks. The order is that of `train.loop.train_step`'s tensor."""
+
+    loss_sum: float  # nats
+    num_valid: float  # tokens with a label
+    trailing_sum: float
+    num_trailing: float
+    stopping: float  # ranks that were asked to stop
+    grad_norm: float  # global, before clipping
+    saving: float  # ranks whose checkpoint is still being written
+    save_failed: float  # ranks that could not write
+
+    @property
+    def loss(self) -> float:
+        """Mean over the valid tokens of the global batch."""
+        return self.loss_sum / max(self.num_valid, 1)
+
+    @property
+    def stop(self) -> bool:
+        return self.stopping > 0
+
+
 class PendingRow:
     """Holds `train_step`'s sums; `finish` is called while the next step runs.
 
     Args:
-        sums: float64 [6] on the device, as returned by `train.loop.train_step`.
+        sums: float64 on the device, as returned by `train.loop.train_step`.
         row: what is known of the step already.
         timer: stopped.
         tokens: of the step.
@@ -53,20 +77,22 @@ class PendingRow:
             self._copied = torch.cuda.Event()
             self._copied.record()
 
-    def finish(self, metrics: MetricsLog) -> bool:
-        """Wait for the numbers, write the row, and tell (every rank alike) whether a stop was asked for.
+    def finish(self, metrics: MetricsLog) -> Outcome:
+        """Wait for the numbers and write the row. Every rank gets the same outcome.
 
         Raises:
             FloatingPointError: loss or gradient norm is not finite. Nothing is saved after it.
         """
         if self._copied is not None:
             self._copied.synchronize()
-        loss_sum, num_valid, trailing_sum, num_trailing, stop, norm = self._host.tolist()
-        row = self._row | {"loss": loss_sum / max(num_valid, 1), "grad_norm": norm, "valid_tokens": int(num_valid)}
+        outcome = Outcome(*self._host.tolist())
+        loss, norm = outcome.loss, outcome.grad_norm
+        row = self._row | {"loss": loss, "grad_norm": norm, "valid_tokens": int(outcome.num_valid)}
         row["tokens_per_s"] = self._tokens / self._timer.seconds()
-        if num_trailing:
-            row |= {"trailing_loss": trailing_sum / num_trailing, "trailing_tokens": int(num_trailing)}
-        if not (math.isfinite(row["loss"]) and math.isfinite(norm)):
-            raise FloatingPointError(f"step {row['step']}: loss {row['loss']}, gradient norm {norm}; not saved")
+        if outcome.num_trailing:
+            row["trailing_loss"] = outcome.trailing_sum / outcome.num_trailing
+            row["trailing_tokens"] = int(outcome.num_trailing)
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            raise FloatingPointError(f"step {row['step']}: loss {loss}, gradient norm {norm}; not saved")
         metrics.write(row)
-        return bool(stop > 0)
+        return outcome

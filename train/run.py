@@ -26,7 +26,7 @@ from conf.schema import TrainConfig
 from data.loader import TrainLoader
 from data.manifest import load_manifest
 from data.store import TokenStore
-from train.checkpoint import SaveError, load_engine, newest_valid, prune, read_state, save_checkpoint
+from train.checkpoint import SaveError, load_engine, newest_valid, read_state
 from train.engine import DeepSpeedEngine, build_engine, build_model, init_distributed, micro_batches_per_step
 from train.execution import exchange_text, execution_of
 from train.heldout import Heldout
@@ -34,6 +34,7 @@ from train.loop import Run, fit
 from train.mesh import Mesh
 from train.metrics import MetricsLog, open_metrics
 from train.origin import open_origin
+from train.saver import Saver
 from train.signals import StopSignal
 from train.state import TrainState, fill_model, put_weights, reset_optimizer
 
@@ -67,15 +68,11 @@ def run_stage(config: TrainConfig, name: str, mesh: Mesh) -> int:
         metrics.say(f"[{name}] {exchange_text(config, name)}")
     tokenizer = next(iter(stores.values())).tokenizer_path
 
-    def save() -> None:
-        save_checkpoint(paths.checkpoints, engine, state, config, tokenizer, mesh)
-        if mesh.is_main:
-            prune(paths.checkpoints, config.checkpoint.keep)
-
+    saver = Saver(paths.checkpoints, engine, config, tokenizer, mesh)
     stop = StopSignal().install()
     run = Run(
         config, stage, engine, mesh, state, iter(loader), metrics, stop,
-        evaluate=lambda plans: heldout.evaluate(engine, plans), save=save,
+        evaluate=lambda plans: heldout.evaluate(engine, plans), save=lambda: saver.save(state), saver=saver,
     )  # fmt: skip
     try:
         return fit(run)

@@ -1,0 +1,99 @@
+"""A run killed with SIGKILL again and again: `python -m tests.train.kills CONFIG STAGE KILLS SEED`, JSON on stdout.
+
+One process imports everything, then forks each worker: a start costs a fraction of a second. Workers are killed at
+random moments after their first step; when KILLS of them have died, the run is left to itself until its end.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from pathlib import Path
+
+from conf.load import load_train_config
+from conf.paths import RunPaths
+from conf.schema import TrainConfig
+
+LONGEST_SECONDS = 0.25  # a worker lives at most so long after its first step
+
+
+def work(config: TrainConfig, stage: str, started: int) -> int:
+    """The worker: a whole `run_stage` on one rank. `started`: pipe that hears of the first step."""
+    import torch.distributed as dist
+
+    from train import loop, run
+    from train.engine import init_distributed
+
+    store = Path(tempfile.mkdtemp(prefix="kills-")) / "store"
+    os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
+    genuine = loop.train_step
+
+    def first_step(*args: object) -> object:
+        result = genuine(*args)  # type: ignore[arg-type]
+        os.write(started, b".")
+        loop.train_step = genuine
+        return result
+
+    loop.train_step = first_step  # type: ignore[assignment]
+    return run.run_stage(config, stage, init_distributed(1))
+
+
+def start(config: TrainConfig, stage: str) -> tuple[int, int]:
+    """(process id of a forked worker, pipe that hears of its first step)."""
+    hear, tell = os.pipe()
+    pid = os.fork()
+    if pid:
+        os.close(tell)
+        return pid, hear
+    code = 1
+    try:
+        sys.stdout = open(os.devnull, "w")  # noqa: PTH123, SIM115
+        code = work(config, stage, tell)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(code)
+
+
+def newest(run: RunPaths) -> int:
+    """Step of the newest checkpoint by name."""
+    return max((int(path.name[5:]) for path in run.checkpoints.glob("step-*")), default=0)
+
+
+def main(config_path: str, stage: str, kills: str, seed: str) -> None:
+    import deepspeed  # noqa: F401  (before the forks, once for all)
+    import torch
+
+    import train.run  # noqa: F401
+
+    torch.set_num_threads(1)
+    config, draw = load_train_config(Path(config_path)), random.Random(int(seed))
+    run = RunPaths(Path(config.out))
+    steps, left_over, died = [], 0, 0
+    while died < int(kills):
+        pid, pipe = start(config, stage)
+        if os.read(pipe, 1):
+            time.sleep(draw.uniform(0, LONGEST_SECONDS))
+            os.kill(pid, signal.SIGKILL)
+        _, status = os.waitpid(pid, 0)
+        os.close(pipe)
+        if not os.WIFSIGNALED(status):
+            print(json.dumps({"error": f"a worker left by itself with status {status} after {died} kills"}))
+            return
+        died += 1
+        steps.append(newest(run))
+        left_over += any(run.checkpoints.glob(".tmp-*"))
+    pid, pipe = start(config, stage)
+    _, status = os.waitpid(pid, 0)
+    print(json.dumps({"kills": died, "newest": steps, "torn": left_over, "status": status}))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

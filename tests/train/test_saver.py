@@ -1,0 +1,48 @@
+"""Saving in the background: kills at random moments, full disks, and what it costs."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from conf.load import save_config
+from conf.paths import RunPaths
+from launch.packages import ROOT
+from tests.gloo import GlooPool
+from tests.train import jobs
+from tests.train.test_run import rows_of
+
+KILLS = int(os.environ.get("LONGMOBA_KILLS", "8"))  # `make soak` asks for more
+STEPS = 20 * KILLS
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_kills_lose_nothing(pool1: GlooPool, prepared: Path, tmp_path: Path) -> None:
+    """SIGKILL at random moments, mostly while something is being saved: the rows of a run left alone, bit by bit."""
+    config = jobs.chain_config(str(tmp_path / "killed"), str(prepared))
+    config.stages["short"].tokens = STEPS * 128
+    config.eval.tokens, config.checkpoint.every = 0, 1
+    settings = tmp_path / "config.yaml"
+    save_config(config, settings)
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.train.kills", str(settings), "short", str(KILLS), "11"],
+        cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}, text=True,
+        capture_output=True, timeout=60 + 10 * KILLS,
+    )  # fmt: skip
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert result.get("kills") == KILLS and result["status"] == 0, (result, done.stderr[-2000:])
+    assert result["newest"] == sorted(result["newest"]) and result["newest"][-1] > 0
+    assert result["torn"]  # some of them hit a save
+    assert "damaged" not in done.stderr
+    killed = rows_of(tmp_path / "killed", "train")
+    assert [row["step"] for row in killed] == list(range(1, STEPS + 1))
+    config.out = str(tmp_path / "alone")
+    assert pool1(jobs.stage, config, "short") == [0]
+    assert killed == rows_of(tmp_path / "alone", "train")
+    assert not list(RunPaths(tmp_path / "killed").checkpoints.glob(".tmp-*"))
