@@ -100,7 +100,7 @@ class LrConfig:
 
 @dataclass
 class DomainRule:
-    """What of its set a domain uses."""
+    """What of its set a domain uses. Lengths are of documents, in tokens, with the eos that ends each."""
 
     set: str = ""  # key of data.sets; empty: the domain's own name
     min_length: int = 0  # shorter documents are left out
@@ -301,6 +301,9 @@ class PrepareConfig:
     source: str = MISSING  # stdlib | a folder or file | hub:NAME | synthetic
     heldout: float = 0.05  # share of documents kept for evaluation, chosen by hash; 0: none
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    read: ReadConfig = field(default_factory=ReadConfig)
+    synthetic: SyntheticConfig = field(default_factory=SyntheticConfig)
+    workers: int = 0  # processes that tokenise; 0: one per core, fewer for little text
 
 
 @dataclass
@@ -313,9 +316,6 @@ class ExportConfig:
 
 
 @dataclass
-    read: ReadConfig = field(default_factory=ReadConfig)
-    synthetic: SyntheticConfig = field(default_factory=SyntheticConfig)
-    workers: int = 0  # processes that tokenise; 0: one per core, fewer for little text
 class ImportConfig:
     """Root of `moba import`: a Hugging Face folder as a checkpoint."""
 
@@ -339,9 +339,19 @@ class RulerConfig:
     lengths: list[int] = field(default_factory=list)  # prompt and answer together; empty: the checkpoint's length
     samples: int = 500
     seed: int = 42
-    batch: int = 8  # prompts answered at a time
     template: str = "base"  # text around the prompt: base | meta-chat | vicuna-chat | lwm-chat
-    decode: str = "full"  # full (as in the MoBA paper) | moba: attention of the MoBA runs after the prompt
+    data: str = ""  # folder with essays, squad.json, hotpotqa.json; local: text of this machine, as `ruler-local`
+    prompts: str = ""  # folder of RULER's own LENGTH/TASK/validation.jsonl to answer; empty: prompts are made
+
+
+@dataclass
+class NeedleConfig:
+    """One needle at chosen depths of haystacks of chosen lengths (MoBA paper, figure 7)."""
+
+    lengths: list[int] = field(default_factory=list)  # prompt and answer; empty: 1/8, 1/4, 1/2, 1 of the checkpoint's
+    depths: int = 11  # from the first line of the haystack to the last, evenly spaced
+    samples: int = 4  # per length and depth
+    seed: int = 42
 
 
 @dataclass
@@ -350,6 +360,29 @@ class GateConfig:
 
     seq_len: int = 0  # 0: as loss.seq_len
     queries: int = 512  # so many queries are compared with full attention
+    block_sizes: list[int] = field(default_factory=list)  # of the grid of what-ifs; empty: seq_len / 8 to / 64
+    topks: list[int] = field(default_factory=lambda: [2, 3, 4, 8])  # of the grid: blocks with the own one
+
+
+@dataclass
+class GenerateConfig:
+    """How prompts are answered, in every suite that generates."""
+
+    batch: int = 8  # prompts answered at a time
+    chunk: int = 16_384  # prompt tokens of all rows run at a time: bounds memory, changes no token; 0: all
+    decode: str = "full"  # full (as in the MoBA paper) | moba: attention of the MoBA plans after the prompt
+
+
+@dataclass
+class LmEvalConfig:
+    """Tasks of EleutherAI's lm-eval harness."""
+
+    preset: str = ""  # moba_paper: the paper's table 2 with its shot counts; tasks= adds to it
+    include: str = ""  # folder of task YAML files of your own
+    shots: int = -1  # examples in the prompt; -1: as each task says
+    limit: int = 0  # documents per task; 0: all
+    code: bool = False  # run code that the model writes, on this machine: HumanEval and MBPP need it
+    max_length: int = 0  # tokens of prompt and answer, the oldest are cut off; 0: the checkpoint's length
 
 
 @dataclass
@@ -365,31 +398,17 @@ class EvalAttentionConfig(AttentionConfig):
 class EvalConfig:
     """Root of `moba eval`."""
 
-    checkpoint: str = MISSING  # run folder, checkpoint or Hugging Face folder
+    checkpoint: Any = MISSING  # run folder, checkpoint or Hugging Face folder; a list [A, B] is compared in one report
     out: str = MISSING
-    suite: str = "all"  # all | loss | ruler | gate
+    suite: str = "all"  # all (loss, RULER, gate) | loss | ruler | needle | gate | lm_eval | report
+    tasks: list[str] = field(default_factory=list)  # of suite=lm_eval
     dataset: str = ""  # folder of a prepared set; empty: the one the run was trained on
     device: str = "auto"  # auto | cpu | cuda
     attention: EvalAttentionConfig = field(default_factory=EvalAttentionConfig)
     loss: LossSuiteConfig = field(default_factory=LossSuiteConfig)
     ruler: RulerConfig = field(default_factory=RulerConfig)
+    needle: NeedleConfig = field(default_factory=NeedleConfig)
     gate: GateConfig = field(default_factory=GateConfig)
-
-
-ROOTS: dict[str, type[Any]] = {
-    "train": TrainConfig,
-    "prepare": PrepareConfig,
-    "export": ExportConfig,
-    "import": ImportConfig,
-    "eval": EvalConfig,
-}
-
-
-def register() -> None:
-    """Put the root schemas into Hydra's ConfigStore under `<command>_schema` (idempotent)."""
-    store = ConfigStore.instance()
-    for name, cls in ROOTS.items():
-        store.store(name=f"{name}_schema", node=cls)
     lm_eval: LmEvalConfig = field(default_factory=LmEvalConfig)
     generate: GenerateConfig = field(default_factory=GenerateConfig)
 
@@ -435,3 +454,22 @@ class BenchConfig:
     flash_up_to: int = 131_072  # tokens up to which the flash backend is timed too
     out: str = ""  # JSON file; empty: only the table
     plot: bool = True  # a PNG beside the JSON
+
+
+ROOTS: dict[str, type[Any]] = {
+    "train": TrainConfig,
+    "prepare": PrepareConfig,
+    "export": ExportConfig,
+    "import": ImportConfig,
+    "eval": EvalConfig,
+    "plan": PlanConfig,
+    "bench_step": StepBenchConfig,
+    "bench": BenchConfig,
+}
+
+
+def register() -> None:
+    """Put the root schemas into Hydra's ConfigStore under `<command>_schema` (idempotent)."""
+    store = ConfigStore.instance()
+    for name, cls in ROOTS.items():
+        store.store(name=f"{name}_schema", node=cls)
