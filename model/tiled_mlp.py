@@ -13,16 +13,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from model.fused import Pieces
 from model.hold import Held, hold
 
 
-def tiled_mlp(
-    x: Tensor, gate: nn.Parameter, up: nn.Parameter, down: nn.Parameter, tile: int, pieces: Pieces
-) -> Tensor:
+def tiled_mlp(x: Tensor, gate: Tensor, up: Tensor, down: Tensor, tile: int, pieces: Pieces) -> Tensor:
     """down(silu(gate x) * up x), shape and dtype of x [..., C].
 
     Args:
@@ -43,9 +41,9 @@ class _TiledMLP(torch.autograd.Function):
     def forward(
         ctx: Any,
         x_TC: Tensor,
-        gate: nn.Parameter,
-        up: nn.Parameter,
-        down: nn.Parameter,
+        gate: Tensor,
+        up: Tensor,
+        down: Tensor,
         held: Held,
         tile: int,
         pieces: Pieces,
