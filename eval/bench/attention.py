@@ -160,7 +160,7 @@ def _environment(gpu: str) -> dict[str, str]:
     command: Sequence[str] = ("git", "rev-parse", "HEAD")
     try:
         done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
-        commit = done.stdout.strip()
+        commit = done.stdout.strip() if done.returncode == 0 else ""
     except OSError:
         commit = ""
     return {

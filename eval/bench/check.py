@@ -7,6 +7,8 @@ error is at most twice that of the same computation written with bf16 torch oper
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -39,7 +41,7 @@ def check(x: Inputs, seed: int = 0) -> tuple[dict[str, float], int]:
     table = build_block_table(x.cu_seqlens, shape.seq_len, shape.block_size)
     scale = shape.head_dim**-0.5
     ids = choose(q, k, table, min(shape.topk - 1, table.max_past))
-    budget = default_budget(*q.shape[:2], k.shape[1], shape.head_dim, q.element_size())
+    budget = default_budget(shape.seq_len, shape.num_heads, shape.num_kv_heads, shape.head_dim, q.element_size())
     out, lse2, lists = forward_pass(q, k, v, ids, table, scale, budget)
     dq, dk, dv = backward_pass(q, k, v, ids, out, lse2, x.dout, table, scale, budget, lists)
     del lists
@@ -49,7 +51,9 @@ def check(x: Inputs, seed: int = 0) -> tuple[dict[str, float], int]:
     return errors, int((ids >= 0).sum())
 
 
-def _queries(x: Inputs, ids: Tensor, table: BlockTable, out: Tensor, lse2: Tensor, dq: Tensor, g: torch.Generator):
+def _queries(
+    x: Inputs, ids: Tensor, table: BlockTable, out: Tensor, lse2: Tensor, dq: Tensor, g: torch.Generator
+) -> dict[str, float]:
     T, H, D = x.q.shape
     G, scale = H // x.k.shape[1], D**-0.5
     mean = _means(x, table)
@@ -68,7 +72,7 @@ def _queries(x: Inputs, ids: Tensor, table: BlockTable, out: Tensor, lse2: Tenso
         k, v = x.k.detach()[index, h // G], x.v.detach()[index, h // G]
         exact = _row(q.float(), k.float(), v.float(), dout.float(), scale)
         rough = _row(q, k, v, dout, scale)
-        if abs(float(exact[2]) - float(lse2[t, h]) * 0.6931471805599453) > 1e-3:
+        if abs(float(exact[2]) - float(lse2[t, h]) * math.log(2)) > 1e-3:
             raise CheckFailed(f"{x.shape}: lse of token {t}, head {h} is off")
         rows["out"].append((out[t, h], exact[0], rough[0]))
         rows["dq"].append((dq[t, h], exact[1], rough[1]))
@@ -157,7 +161,7 @@ def _key_part(
     """dk, dv [2, KEYS, D] from some query rows; products in `dtype`, sums over rows in fp32."""
     q, dout = x.q.detach()[token, head].to(dtype), x.dout[token, head].to(dtype)
     k, v = x.k.detach()[key, kv].to(dtype), x.v.detach()[key, kv].to(dtype)
-    lse = lse2[token, head] * 0.6931471805599453
+    lse = lse2[token, head] * math.log(2)
     delta = (out[token, head].float() * dout.float()).sum(-1)
     p = torch.exp((q @ k.T).float() * scale - lse[:, None]).masked_fill(hidden, 0)
     ds = p * ((dout @ v.T).float() - delta[:, None])
