@@ -75,7 +75,7 @@ def test_error_at_a_million() -> None:
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_error_at_the_last_position_of_a_million(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_error_at_the_last_position_of_a_million(name: str) -> None:
     """cos and sin at position 1,048,575 against frequency x position in decimal arithmetic of 60 digits."""
     position = 1_048_575
     inv_freq, scale = rope_parameters(KINDS[name], 128)
