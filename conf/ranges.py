@@ -52,10 +52,11 @@ CHOICES: dict[tuple[type, str], tuple[str, ...]] = {
     (s.WandbConfig, "mode"): ("disabled", "offline", "online"),
     (s.ExportConfig, "dtype"): ("float32", "bfloat16"),
     (s.LossSuiteConfig, "spacing"): ("linear", "log"),
-    (s.RulerConfig, "decode"): ("full", "moba"),
+    (s.GenerateConfig, "decode"): ("full", "moba"),
+    (s.LmEvalConfig, "preset"): ("", "moba_paper"),
     (s.EvalAttentionConfig, "kind"): ("trained", "moba", "full"),
     (s.RulerConfig, "template"): ("base", "meta-chat", "vicuna-chat", "lwm-chat"),
-    (s.EvalConfig, "suite"): ("all", "loss", "ruler", "gate"),
+    (s.EvalConfig, "suite"): ("all", "loss", "ruler", "needle", "gate", "lm_eval", "report"),
     (s.EvalConfig, "device"): ("auto", "cpu", "cuda"),
 }
 
@@ -109,7 +110,10 @@ RANGES: dict[type, dict[str, Range]] = {
     s.TrainConfig: {"seed": _ZERO_OR_MORE, "max_steps": _COUNT},
     s.PrepareConfig: {"heldout": _BELOW_ONE, "workers": _ZERO_OR_MORE},
     s.LossSuiteConfig: {**dict.fromkeys(("seq_len", "bucket", "trailing"), _ZERO_OR_MORE), "tokens": _COUNT},
-    s.RulerConfig: {"samples": _COUNT, "seed": _ZERO_OR_MORE, "batch": _COUNT},
+    s.RulerConfig: {"samples": _COUNT, "seed": _ZERO_OR_MORE},
+    s.NeedleConfig: {"depths": _COUNT, "samples": _COUNT, "seed": _ZERO_OR_MORE},
+    s.GenerateConfig: {"batch": _COUNT, "chunk": _ZERO_OR_MORE},
+    s.LmEvalConfig: {"shots": Range(-1), "limit": _ZERO_OR_MORE, "max_length": _ZERO_OR_MORE},
     s.GateConfig: {"seq_len": _ZERO_OR_MORE, "queries": _COUNT},
     s.EvalAttentionConfig: dict.fromkeys(("block_size", "topk"), _ZERO_OR_MORE),
 }

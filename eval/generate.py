@@ -8,7 +8,7 @@ Shape legend: R rows, S longest prompt, V vocab_size.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -26,6 +26,8 @@ def generate(
     eos_id: int | None,
     prefill_plans: Sequence[LayerPlan],
     decode_plans: Sequence[LayerPlan],
+    chunk: int = 0,
+    ended: Callable[[list[int]], bool] | None = None,
 ) -> list[list[int]]:
     """The most likely continuation of every prompt, token by token.
 
@@ -34,6 +36,8 @@ def generate(
         max_new_tokens: at most so many tokens per prompt.
         eos_id: a row ends with this token, which is not returned. None: rows run to `max_new_tokens`.
         prefill_plans, decode_plans: one plan per layer for the prompt and for the tokens after it.
+        chunk: prompt tokens of all rows run at a time, as in `CausalLM.prefill`; 0: all.
+        ended: whether a row may end with the new tokens it has, such as after a stop string. All are returned.
 
     Returns:
         New tokens of each prompt. Rows of a batch do not influence each other.
@@ -52,19 +56,21 @@ def generate(
     for row, prompt in enumerate(prompts):
         ids_RS[row, : len(prompt)] = torch.tensor(prompt)
 
-    logits_RV = model.prefill(ids_RS.to(parameter.device), cache, prefill_plans)
-    chosen: list[torch.Tensor] = []
-    ended_R = torch.zeros(len(prompts), dtype=torch.bool, device=parameter.device)
+    logits_RV = model.prefill(ids_RS.to(parameter.device), cache, prefill_plans, chunk)
+    new_RS: list[list[int]] = [[] for _ in prompts]
+    running = set(range(len(prompts)))
     for step in range(max_new_tokens):
         token_R = logits_RV.argmax(-1)
-        chosen.append(token_R)
-        if eos_id is not None:
-            ended_R |= token_R == eos_id
-            if bool(ended_R.all()):
-                break
+        for row, token in enumerate(token_R.tolist()):
+            if row in running:
+                new_RS[row].append(token)
+                if token == eos_id or (ended is not None and ended(new_RS[row])):
+                    running.remove(row)
+        if not running:
+            break
         if step + 1 < max_new_tokens:
             logits_RV = model.decode(token_R[:, None], cache, decode_plans)
-    return [_until(row, eos_id) for row in torch.stack(chosen, 1).tolist()]
+    return [_until(row, eos_id) for row in new_RS]
 
 
 def _until(tokens: list[int], eos_id: int | None) -> list[int]:

@@ -125,15 +125,15 @@ def _stages(axes: Any, train: Sequence[Row], unit: float, theme: Theme) -> None:
 
 def loss_by_position(loss: dict[str, Any], theme: Theme) -> bytes | None:
     """Position-wise loss of the plans with error bands and power laws; beside it their paired difference."""
-    plans = {name: report for name, report in loss["plans"].items() if _points(report)}
+    plans = {name: report for name, report in loss["plans"].items() if loss_points(report)}
     if not plans:
         return None
     difference = loss.get("difference")
-    panels = 2 if difference and _points(difference) else 1
+    panels = 2 if difference and loss_points(difference) else 1
     with canvas(theme, 9.2, 3.9) as figure:
         left = figure.add_subplot(1, panels, 1)
         for name, report in plans.items():
-            x, y, error = _points(report)  # type: ignore[misc]
+            x, y, error = loss_points(report)  # type: ignore[misc]
             colour = theme.of(name)
             left.fill_between(
                 x, _offset(y, error, -1), _offset(y, error, 1), color=colour, alpha=0.15, linewidth=0
@@ -150,7 +150,7 @@ def loss_by_position(loss: dict[str, Any], theme: Theme) -> bytes | None:
         left.legend(loc="upper right", fontsize=8.5)
         if panels == 2:
             right = figure.add_subplot(1, 2, 2)
-            x, y, error = _points(difference)  # type: ignore[misc, arg-type]
+            x, y, error = loss_points(difference)  # type: ignore[misc, arg-type]
             right.axhline(0, color=theme.faint, linewidth=1)
             right.fill_between(
                 x, _offset(y, error, -1), _offset(y, error, 1), color=theme.moba, alpha=0.2, linewidth=0
@@ -167,7 +167,7 @@ def loss_by_position(loss: dict[str, Any], theme: Theme) -> bytes | None:
         return png_of(figure)
 
 
-def _points(report: dict[str, Any]) -> tuple[list[float], list[float], list[float]] | None:
+def loss_points(report: dict[str, Any]) -> tuple[list[float], list[float], list[float]] | None:
     """Middle, mean and standard error of each bucket that has tokens."""
     buckets = [b for b in report["buckets"] if b["estimate"]["tokens"]]
     if not buckets:
@@ -185,30 +185,3 @@ def _offset(values: Sequence[float], errors: Sequence[float], sign: int) -> list
 
 def _law_text(law: dict[str, float]) -> str:
     return f"{law['scale']:.2f} p^{-law['exponent']:.3f}"
-
-
-def ruler_heatmap(ruler: dict[str, Any], theme: Theme) -> bytes | None:
-    """Scores by task and length, one panel per plan; the last row is the mean over the tasks shown."""
-    from matplotlib import colormaps
-
-    plans = ruler["plans"]
-    if not plans:
-        return None
-    first = next(iter(plans.values()))
-    lengths, tasks = list(first["lengths"]), [*first["tasks"], "mean"]
-    with canvas(theme, max(4.6, 1.6 + 0.95 * len(lengths)) * len(plans), 1.1 + 0.38 * len(tasks)) as figure:
-        for number, (name, result) in enumerate(plans.items(), 1):
-            axes = figure.add_subplot(1, len(plans), number)
-            columns = [result["lengths"][length] for length in lengths]
-            cells = [[c["mean"] if t == "mean" else c["scores"][t] for c in columns] for t in tasks]
-            axes.imshow(cells, vmin=0, vmax=100, cmap=theme.cells, aspect="auto")
-            for i, row in enumerate(cells):
-                for j, value in enumerate(row):
-                    dark = sum(colormaps[theme.cells](value / 100)[:3]) < 1.3
-                    axes.text(j, i, f"{value:.1f}", ha="center", va="center", color="#fff" if dark else "#111")
-            axes.set_xticks(range(len(lengths)), [f"{int(length):,}" for length in lengths])
-            axes.set_yticks(range(len(tasks)), tasks)
-            axes.set_title(name)
-            axes.set_xlabel("prompt length (tokens)")
-            axes.grid(False)
-        return png_of(figure)

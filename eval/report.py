@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from conf.paths import RunPaths
-from eval import page, plots, sections
+from eval import page, plots, sections, task_sections
 from eval.files import write_atomic
 from eval.gate import read_gates
+from eval.pictures import Pictures
 
 
 def write_report(out: Path, run: Path | None) -> Path:
@@ -24,12 +25,13 @@ def write_report(out: Path, run: Path | None) -> Path:
         run: the run folder, for the training curve and the configuration; None: `out` itself, if it is one.
     """
     paths, origin = RunPaths(out), RunPaths(run or out)
-    loss, ruler, gate = (_read(paths.eval / f"{name}.json") for name in ("loss", "ruler", "gate"))
+    names = ("loss", "ruler", "ruler-local", "needle", "gate", "lm_eval")
+    loss, ruler, local, needle, gate, harness = (read_result(out, name) for name in names)
     gates = read_gates(paths.eval / "gate.npz", gate["layers"]) if gate else []
     metrics = plots.read_metrics(origin.metrics)
-    found = [part["checkpoint"] for part in (loss, ruler, gate) if part]
+    found = [part["checkpoint"] for part in (loss, ruler, local, needle, gate, harness) if part]
     about: dict[str, Any] = found[0] if found else {}
-    draw = sections.Pictures(paths.plots)
+    draw = Pictures(paths.plots)
     content = page.page(
         about.get("name", out.name),
         sections.subtitle(about),
@@ -37,7 +39,10 @@ def write_report(out: Path, run: Path | None) -> Path:
         sections.summary(loss, ruler, gate, metrics),
         sections.training(metrics, draw),
         sections.losses(loss, draw),
-        sections.ruler_scores(ruler, draw),
+        task_sections.ruler_scores(ruler, draw),
+        task_sections.ruler_scores(local, draw),
+        task_sections.needle_grid(needle, draw),
+        task_sections.harness_scores(harness),
         sections.gate_choice(gate, gates, draw),
         sections.configuration(about, origin.config),
     )
@@ -45,5 +50,7 @@ def write_report(out: Path, run: Path | None) -> Path:
     return paths.report
 
 
-def _read(path: Path) -> dict[str, Any] | None:
+def read_result(out: Path, suite: str) -> dict[str, Any] | None:
+    """What a suite wrote into the output folder `out`; None if it never ran."""
+    path = RunPaths(out).eval / f"{suite}.json"
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None

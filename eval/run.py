@@ -1,10 +1,14 @@
-"""`moba eval`: the same weights under full attention and under MoBA, side by side.
+"""`moba eval`: the same weights under full attention and under MoBA, side by side; one checkpoint or several.
 
-Writes `eval/loss.json`, `eval/ruler.json`, `eval/gate.json`, the plots and `report.html` into `out`.
+Writes `eval/*.json`, the plots and `report.html` into `out`. With several checkpoints each has a folder of its own
+in `out`, and the report compares them.
 """
 
 from __future__ import annotations
 
+import copy
+import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,48 +16,111 @@ from conf.errors import UserError
 from conf.paths import RunPaths
 from conf.schema import EvalConfig
 from data.store import TokenStore
-from eval import tables
+from eval import harness, tables
+from eval.compare import write_comparison
 from eval.files import write_json
 from eval.gate import save_gates
 from eval.load import Loaded, Source, compared_plans, find_source, load_source
 from eval.report import write_report
+from eval.ruler.official import found_lengths
 from eval.ruler.run import check_config
-from eval.suites import Evaluation, gate_suite, loss_suite, ruler_suite
+from eval.ruler.texts import Texts
+from eval.suites import Evaluation, Plans, gate_suite, loss_suite
+from eval.task_suites import harness_suite, needle_suite, ruler_suite
 
-SUITES = {"all": ("loss", "ruler", "gate"), "loss": ("loss",), "ruler": ("ruler",), "gate": ("gate",)}
+ALL = ("loss", "ruler", "gate")
+RUNNERS = {"loss": loss_suite, "ruler": ruler_suite, "needle": needle_suite, "lm_eval": harness_suite}
+
+
+@dataclass(frozen=True)
+class Work:
+    """One checkpoint with everything checked, before its weights are read."""
+
+    config: EvalConfig
+    source: Source
+    plans: Plans
+    suites: tuple[str, ...]
+    store: TokenStore | None
 
 
 def run(config: EvalConfig) -> dict[str, Any]:
-    """Run the suites, write everything, and return the results by suite.
+    """Run the suites, write everything, and return the results by suite (with several checkpoints: by folder).
 
     Raises:
         UserError: bad input; raised before any weights are read.
     """
-    suites = SUITES[config.suite]
-    source = find_source(Path(config.checkpoint))
-    plans = compared_plans(source, config.attention)
-    if "gate" in suites and "moba" not in plans:
-        if config.suite == "gate":
-            raise UserError(f"{source.path} has no MoBA layers: set attention.block_size and attention.topk")
-        suites = tuple(suite for suite in suites if suite != "gate")
-    seq_len = config.loss.seq_len or source.seq_len
-    config.ruler.lengths = list(config.ruler.lengths) or [source.seq_len]
-    if "ruler" in suites:
-        check_config(config.ruler)
-    store = _store(config, source) if {"loss", "gate"} & set(suites) else None
-    loaded = load_source(source, config.device, config.attention.backend)
-    _check_tokenizer(loaded, store)
-    evaluation = Evaluation(config, loaded, plans, store, seq_len)
+    paths = [str(path) for path in config.checkpoint] if _several(config) else [str(config.checkpoint)]
+    out = Path(config.out)
+    if not paths:
+        raise UserError("checkpoint=[] names nothing to evaluate")
+    if config.suite == "report":
+        return _report_only([Path(path) for path in paths], out)
+    if not _several(config):
+        return _evaluate(_prepare(config, paths[0], out))
+    folders = {path: out / f"{number}-{_slug(path)}" for number, path in enumerate(paths, 1)}
+    works = {path: _prepare(config, path, folder) for path, folder in folders.items()}
+    results = {folders[path].name: _evaluate(work) for path, work in works.items()}
+    report = write_comparison(out, list(folders.values()))
+    tables.say(f"comparison: {report}")
+    return results
 
+
+def _several(config: EvalConfig) -> bool:
+    return not isinstance(config.checkpoint, str)
+
+
+def _slug(path: str) -> str:
+    return re.sub(r"[^A-Za-z0-9_-]+", "-", "-".join(Path(path).resolve().parts[-2:])).strip("-")
+
+
+def _report_only(folders: list[Path], out: Path) -> dict[str, Any]:
+    """Pages from results that are there: of one folder, or a comparison of several."""
+    for folder in folders:
+        if not list(RunPaths(folder).eval.glob("*.json")):
+            raise UserError(f"checkpoint={folder}: suite=report takes `out` folders of earlier evaluations")
+    one = len(folders) == 1 and folders[0].resolve() == out.resolve()
+    report = write_report(out, None) if one else write_comparison(out, folders)
+    tables.say(f"report: {report}")
+    return {}
+
+
+def _prepare(config: EvalConfig, path: str, out: Path) -> Work:
+    """Look at everything the suites will need."""
+    config = copy.deepcopy(config)
+    config.checkpoint, config.out = path, str(out)
+    suites = ALL if config.suite == "all" else (config.suite,)
+    source = find_source(Path(path))
+    plans = compared_plans(source, config.attention)
+    ruler, needle = config.ruler, config.needle
+    if "ruler" in suites:
+        ruler.lengths = list(ruler.lengths) or (found_lengths(Path(ruler.prompts)) if ruler.prompts else [])
+        ruler.lengths = ruler.lengths or [source.seq_len]
+        check_config(ruler)
+    if "needle" in suites:
+        needle.lengths = sorted(needle.lengths or {source.seq_len >> shift for shift in range(4)})
+        if Texts(ruler.data).data:
+            _ = Texts(ruler.data).essays
+    if "lm_eval" in suites:
+        harness.require_harness()
+        harness.task_shots(config.lm_eval.preset, config.tasks, config.lm_eval.shots)
+    store = _store(config, source) if {"loss", "gate"} & set(suites) else None
+    return Work(config, source, plans, suites, store)
+
+
+def _evaluate(work: Work) -> dict[str, Any]:
+    config, source = work.config, work.source
+    loaded = load_source(source, config.device, config.attention.backend)
+    _check_tokenizer(loaded, work.store)
+    evaluation = Evaluation(config, loaded, work.plans, work.store, config.loss.seq_len or source.seq_len)
     results: dict[str, Any] = {}
     folder = RunPaths(Path(config.out)).eval
-    for suite in suites:
+    for suite in work.suites:
         if suite == "gate":
             results[suite], gates = gate_suite(evaluation)
             save_gates(folder / "gate.npz", gates)
         else:
-            results[suite] = {"loss": loss_suite, "ruler": ruler_suite}[suite](evaluation)
-        write_json(folder / f"{suite}.json", results[suite])
+            results[suite] = RUNNERS[suite](evaluation)
+        write_json(folder / f"{results[suite].get('benchmark', suite)}.json", results[suite])
         tables.show(suite, results[suite])
     report = write_report(Path(config.out), source.run)
     tables.say(f"report: {report}")

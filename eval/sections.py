@@ -2,33 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from eval import page, plots
-from eval.files import write_atomic
 from eval.gate import LayerGate
 from eval.gate_plots import gate_choices, gate_value
 from eval.page import Html
-from eval.style import DARK, LIGHT, Theme
+from eval.pictures import Pictures
 
 Json = dict[str, Any]
-
-
-class Pictures:
-    """Draws in both themes, keeps the files, returns the element. No picture where there is nothing to draw."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def __call__(self, name: str, draw: Callable[[Theme], bytes | None], alt: str, caption: str) -> Html | None:
-        light, dark = draw(LIGHT), draw(DARK)
-        if light is None or dark is None:
-            return None
-        write_atomic(self.folder / f"{name}.png", light)
-        write_atomic(self.folder / f"{name}-dark.png", dark)
-        return page.picture(light, dark, alt, caption)
 
 
 def subtitle(about: Json) -> str:
@@ -141,49 +124,12 @@ def _buckets(compared: Json) -> Html | None:
     return page.folded("Loss by position as numbers", page.table(("positions", *compared, "tokens"), lines))
 
 
-def ruler_scores(ruler: Json | None, draw: Pictures) -> Html | None:
-    if ruler is None:
-        return None
-    results = ruler["plans"]
-    first = next(iter(results.values()))
-    lengths = list(first["lengths"])
-    head = ["task", *(f"{name}, {int(length):,}" for length in lengths for name in results)]
-    rows = [
-        (task, *(_score(result["lengths"][length], task) for length in lengths for result in results.values()))
-        for task in [*first["tasks"], "mean"]
-    ]
-    beyond = [f"{int(n):,}" for n in lengths if int(n) > ruler["checkpoint"]["seq_len"]]
-    notes = [f"{first['samples']} samples a task and length (RULER uses 500), greedy, seed {ruler['seed']}."]
-    if not first["all_tasks"]:
-        notes.append(f"The mean is over these {len(first['tasks'])} tasks; RULER's own is over thirteen.")
-    if beyond:
-        notes.append(
-            f"Longer than the checkpoint's {ruler['checkpoint']['seq_len']:,} tokens: {', '.join(beyond)}."
-        )
-    return page.section(
-        "RULER",
-        page.paragraph(
-            "Retrieval, tracing and counting in long prompts: answers found, in percent, by attention "
-            "and length in tokens (prompt and answer together)."
-        ),
-        page.table(head, rows),
-        draw(
-            "ruler",
-            lambda theme: plots.ruler_heatmap(ruler, theme),
-            "RULER scores by task and prompt length",
-            "Scores by task and prompt length, in percent.",
-        ),
-        page.paragraph(" ".join(notes), note=True),
-    )
-
-
-def _score(cell: Json, task: str) -> str:
-    return f"{cell['mean'] if task == 'mean' else cell['scores'][task]:.1f}"
-
-
 def gate_choice(gate: Json | None, gates: list[LayerGate], draw: Pictures) -> Html | None:
-    if gate is None or not gate["layers"]:
+    if gate is None:
         return None
+    if not gate["layers"]:
+        whole = f"On one held-out document of {gate['seq_len']:,} tokens, under full attention."
+        return page.section("Gate", page.paragraph(whole), _gate_grid(gate.get("grid", [])))
 
     def mean(values: list[float]) -> str:
         return f"{100 * sum(values) / len(values):.1f} %" if values else "–"
@@ -220,6 +166,26 @@ def gate_choice(gate: Json | None, gates: list[LayerGate], draw: Pictures) -> Ht
             "Nearest: a sliding window of equal cost. Best possible: the blocks with the most mass.",
         ),
         page.table(head, rows),
+        _gate_grid(gate.get("grid", [])),
+    )
+
+
+def _gate_grid(grid: list[Json]) -> Html | None:
+    """What each (block_size, topk) would keep of full attention."""
+    if not grid:
+        return None
+    rows = [
+        (
+            f"{cell['block_size']:,} × {cell['topk']}",
+            *(f"{100 * cell[key]:.1f} %" for key in ("read", "kept", "best", "window")),
+        )
+        for cell in grid
+    ]
+    return Html(
+        page.paragraph(
+            "What other settings would keep, on the same weights under full attention, mean over layers and heads:"
+        ).markup
+        + page.table(("block size × topk", "keys read", "mass kept", "best possible", "nearest"), rows).markup
     )
 
 

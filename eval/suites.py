@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
-from conf.paths import RunPaths
 from conf.schema import EvalConfig
 from data.loader import heldout_batches, long_documents
 from data.store import TokenStore
 from eval import tables
 from eval.gate import LayerGate, gate_statistics
-from eval.generate import generate
+from eval.gate_grid import gate_grid
 from eval.load import Loaded
 from eval.loss import MEAN, sum_losses
 from eval.powerlaw import fit_power_law
-from eval.ruler.run import Answer, Encoder, run_ruler
-from model.schedule import LayerPlan, describe, full_plans
+from model.schedule import LayerPlan, describe
 from model.shapes import num_parameters
 
 Plans = dict[str, tuple[LayerPlan, ...]]
@@ -114,64 +110,21 @@ def loss_suite(e: Evaluation) -> dict[str, Any]:
     }
 
 
-def ruler_suite(e: Evaluation) -> dict[str, Any]:
-    """RULER under every plan. Samples and predictions stay in `eval/ruler`, so a killed run goes on."""
-    config = e.config.ruler
-    encoder = Encoder(e.loaded.tokenizer, e.loaded.bos)
-    decode = {name: _decode_plans(plans, config.decode) for name, plans in e.plans.items()}
-
-    def answer_with(name: str) -> Answer:
-        def answer(prompts: list[list[int]], tokens: int) -> list[list[int]]:
-            return generate(
-                e.loaded.model,
-                prompts,
-                max_new_tokens=tokens,
-                eos_id=e.loaded.tokenizer.eos_id,
-                prefill_plans=e.plans[name],
-                decode_plans=decode[name],
-            )
-
-        return answer
-
-    facts = {
-        name: {
-            "checkpoint": e.loaded.source.fingerprint,
-            "dtype": e.about["summary"]["weights"],
-            "prefill": describe(plans),
-            "decode": describe(decode[name]),
-        }
-        for name, plans in e.plans.items()
-    }
-    folder = RunPaths(Path(e.config.out)).eval
-    with tables.progress() as report:
-        steps = report.counter()
-        results = run_ruler(config, encoder, folder, {name: answer_with(name) for name in e.plans}, facts, steps)
-    return {
-        "checkpoint": e.about,
-        "seed": config.seed,
-        "template": config.template,
-        "decode": config.decode,
-        "plans": results,
-        "plan_texts": {name: describe(plans) for name, plans in e.plans.items()},
-    }
-
-
 def gate_suite(e: Evaluation) -> tuple[dict[str, Any], list[LayerGate]]:
-    """What the gate chooses on the first held-out document that is long enough."""
+    """What the gate chooses on the first held-out document that is long enough; what other settings would keep."""
     assert e.store is not None
-    seq_len = e.config.gate.seq_len or e.seq_len
+    settings = e.config.gate
+    seq_len = settings.seq_len or e.seq_len
     longest = max(e.store.doc_length(i) for i in range(e.store.num_docs)) - 1
     length = min(seq_len, longest)
     batch = next(long_documents(e.store, length, length)).to(e.loaded.device)
-    gates = gate_statistics(e.loaded.model, batch, e.plans["moba"], e.config.gate.queries)
+    model, plans = e.loaded.model, e.plans.get("moba")
+    gates = gate_statistics(model, batch, plans, settings.queries) if plans else []
     return {
         "checkpoint": e.about,
         "seq_len": length,
         "wanted_seq_len": seq_len,
-        "plan_texts": {"moba": describe(e.plans["moba"])},
+        "plan_texts": {"moba": describe(plans)} if plans else {},
         "layers": [gate.to_json() for gate in gates],
+        "grid": gate_grid(model, batch, settings.block_sizes, settings.topks, settings.queries),
     }, gates
-
-
-def _decode_plans(plans: Sequence[LayerPlan], decode: str) -> tuple[LayerPlan, ...]:
-    return tuple(plans) if decode == "moba" else full_plans(len(plans))

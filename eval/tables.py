@@ -49,7 +49,10 @@ def progress() -> Iterator[Reporter]:
 
 def show(suite: str, result: dict[str, Any]) -> None:
     """Print the table of a suite's result."""
-    Console().print({"loss": _loss, "ruler": _ruler, "gate": _gate}[suite](result))
+    makers = {"loss": _loss, "ruler": _ruler, "needle": _needle, "gate": _gate, "lm_eval": _harness}
+    Console().print(makers[suite](result))
+    if suite == "gate" and result["grid"]:
+        Console().print(_gate_grid(result))
 
 
 def _estimate(value: dict[str, Any]) -> str:
@@ -95,7 +98,8 @@ def _ruler(result: dict[str, Any]) -> Table:
     first = next(iter(plans.values()))
     lengths = list(first["lengths"])
     heads = [f"{int(n):,}" + ("*" if int(n) > trained else "") for n in lengths]
-    made = _table(f"RULER, {first['samples']} samples a task (percent)", "attention", "task", *heads)
+    title = result["benchmark"].replace("ruler", "RULER")
+    made = _table(f"{title}, {first['samples']} samples a task (percent)", "attention", "task", *heads)
     for name, plan in plans.items():
         for task in plan["tasks"]:
             made.add_row(name, task, *(f"{plan['lengths'][n]['scores'][task]:.1f}" for n in lengths))
@@ -117,4 +121,32 @@ def _gate(result: dict[str, Any]) -> Table:
     for layer in result["layers"]:
         shares = [layer[key] for key in ("mass_kept", "mass_best", "mass_window", "mass_own")]
         made.add_row(str(layer["layer"]), *(f"{100 * sum(s) / len(s):.1f} %" if s else "-" for s in shares))
+    return made
+
+
+def _gate_grid(result: dict[str, Any]) -> Table:
+    made = _table(
+        "Other settings, on the same weights under full attention", "block size", "topk", "keys read", "kept"
+    )
+    for cell in result["grid"]:
+        shares = (f"{100 * cell[key]:.1f} %" for key in ("read", "kept"))
+        made.add_row(f"{cell['block_size']:,}", str(cell["topk"]), *shares)
+    return made
+
+
+def _needle(result: dict[str, Any]) -> Table:
+    heads = [f"{name} {length:,}" for name in result["grids"] for length in result["lengths"]]
+    made = _table("Needles found (percent)", "depth", *heads)
+    for i, depth in enumerate(result["depths"]):
+        made.add_row(f"{depth} %", *(f"{score:.0f}" for grid in result["grids"].values() for score in grid[i]))
+    return made
+
+
+def _harness(result: dict[str, Any]) -> Table:
+    plans = result["plans"]
+    made = _table("lm-eval", "task", "metric", "shots", *plans)
+    for task, row in next(iter(plans.values())).items():
+        for metric in row["metrics"]:
+            scores = (f"{plan[task]['metrics'][metric]:.4f}" for plan in plans.values())
+            made.add_row(task, metric, str(row["shots"]), *scores)
     return made

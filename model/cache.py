@@ -108,7 +108,7 @@ class KVCache:
             start += end - first
 
     def extend_raw_keys(self, layer: int, k_THD: Tensor) -> list[Tensor]:
-        """Keys of `part` before the key convolution, each row's behind the last ones before it: [W - 1 + n, Hkv, D],
+        """Keys of `part` before the key convolution, each row's behind its last ones, [W - 1 + n, Hkv, D],
         zeros before the row's start. The new ends are remembered."""
         self.require("prefill")
         tail = self._raw_keys[layer]

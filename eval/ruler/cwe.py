@@ -18,9 +18,11 @@ class CommonWords:
 
     Attributes:
         length: nominal length in tokens; below 4096 RULER uses smaller counts.
+        more_words: a longer list, for samples that need more words than wonderwords has.
     """
 
     length: int
+    more_words: tuple[str, ...] = ()
 
     @property
     def tokens(self) -> int:
@@ -30,8 +32,8 @@ class CommonWords:
     def smallest(self) -> int:
         return COMMON + 1
 
-    def draft(self, rng: random.Random, size: int) -> Draft:
-        """The text with `size` different words. Beyond the word list, pairs of its words are used."""
+    def draft(self, rng: random.Random, size: int, index: int) -> Draft:
+        """The text with `size` different words. Beyond both word lists, pairs of words are used."""
         short = self.length < 4096
         example, example_answer = self._list(rng, *((20, 3, 1) if short else (40, 10, 3)))
         listed, answer = self._list(rng, size, *((6, 1) if short else (30, 3)))
@@ -40,16 +42,18 @@ class CommonWords:
         return Draft(shown + COMMON_WORDS.template.format(context=listed), COMMON_WORDS.answer_prefix, answer)
 
     def _list(self, rng: random.Random, size: int, frequent: int, rare: int) -> tuple[str, list[str]]:
-        words = _distinct_words(rng, size)
+        words = _distinct_words(rng, size, self.more_words)
         common, others = words[:COMMON], words[COMMON:]
         listed = common * frequent + others * rare
         random.Random(rng.getrandbits(64)).shuffle(listed)
         return " ".join(f"{i}. {word}" for i, word in enumerate(listed, 1)), common
 
 
-def _distinct_words(rng: random.Random, size: int) -> list[str]:
+def _distinct_words(rng: random.Random, size: int, more: tuple[str, ...]) -> list[str]:
     words = base_words()
     if size <= len(words):
         return rng.sample(words, size)
+    if size <= len(more):
+        return rng.sample(more, size)
     pairs = rng.sample(range(len(words) ** 2), size)
     return [f"{words[pair // len(words)]}-{words[pair % len(words)]}" for pair in pairs]

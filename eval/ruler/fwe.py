@@ -39,7 +39,7 @@ class FrequentWords:
         """From here on rank 4 appears more often than rank 5, so that the answer is unique."""
         return 53
 
-    def draft(self, rng: random.Random, size: int) -> Draft:
+    def draft(self, rng: random.Random, size: int, index: int) -> Draft:
         """The text with about `size` words (rare ones round down to none)."""
         count = max(self.length // 50, 4)
         vocabulary: set[str] = set()

@@ -1,7 +1,7 @@
 """Needles in a haystack: RULER's retrieval tasks (RULER paper, section 3.1).
 
-Needles `One of the special magic numbers for <key> is: <value>.` are hidden in a haystack of repeated noise
-or of other needles.
+Needles `One of the special magic numbers for <key> is: <value>.` are hidden in a haystack of repeated noise, of
+other needles or of essays.
 """
 
 from __future__ import annotations
@@ -11,12 +11,20 @@ from dataclasses import dataclass
 
 from eval.ruler.sample import Draft
 from eval.ruler.template import NEEDLE, NIAH, NOISE, fill, singular
+from eval.ruler.texts import Essays
 from eval.ruler.words import draw
+
+DEPTHS = tuple(round(i * 100 / 39) for i in range(40))  # percent of the sentences of an essay haystack
 
 
 @dataclass(frozen=True)
 class Niah:
-    """A retrieval task. `haystack` is noise or needle; `keys` is raised to `queries` if that is larger."""
+    """A retrieval task. `keys` is raised to `queries` if that is larger.
+
+    Attributes:
+        haystack: noise, needle or essay; the last needs `essays`.
+        depth: share of the haystack before the needles; None: drawn for every sample.
+    """
 
     haystack: str
     key_kind: str = "words"
@@ -24,6 +32,8 @@ class Niah:
     keys: int = 1
     values: int = 1
     queries: int = 1
+    essays: Essays | None = None
+    depth: float | None = None
 
     @property
     def tokens(self) -> int:
@@ -34,8 +44,8 @@ class Niah:
         """Fewest haystack units: each needle is inserted at a place of its own."""
         return max(self.keys, self.queries) * self.values
 
-    def draft(self, rng: random.Random, size: int) -> Draft:
-        """The text with `size` haystack units: lines of noise or other needles."""
+    def draft(self, rng: random.Random, size: int, index: int) -> Draft:
+        """The text with `size` haystack units: lines of noise, other needles or words of the essays."""
         keys = [draw(rng, self.key_kind) for _ in range(max(self.keys, self.queries))]
         values = [[draw(rng, self.value_kind) for _ in range(self.values)] for _ in keys]
         needles = [
@@ -60,6 +70,8 @@ class Niah:
         )
 
     def _context(self, rng: random.Random, places: random.Random, needles: list[str], size: int) -> str:
+        if self.essays is not None:
+            return self._essay(places, needles, self.essays.take(size))
         if self.haystack == "noise":
             lines = [NOISE] * size
         else:
@@ -69,8 +81,15 @@ class Niah:
                 )
                 for _ in range(size)
             ]
-        for index, needle in zip(
-            sorted(places.sample(range(size), len(needles)), reverse=True), needles, strict=True
-        ):
+        at = places.sample(range(size), len(needles)) if self.depth is None else [round(self.depth * size)]
+        for index, needle in zip(sorted(at, reverse=True), needles, strict=True):
             lines.insert(index, needle)
         return "\n".join(lines)
+
+    def _essay(self, places: random.Random, needles: list[str], sentences: list[str]) -> str:
+        """Needles between sentences, each at one of RULER's forty depths."""
+        depths = places.sample(DEPTHS, len(needles)) if self.depth is None else [self.depth * 100]
+        at = sorted(int(len(sentences) * depth / 100) for depth in depths)
+        for shift, (index, needle) in enumerate(zip(at, needles, strict=True)):
+            sentences.insert(index + shift, needle)
+        return " ".join(sentences)

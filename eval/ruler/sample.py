@@ -66,7 +66,7 @@ def largest_fitting(count: Callable[[int], int], budget: int, smallest: int, gue
         if high is not None:
             if high - low <= 1:
                 break
-            size = min(max(size, low + 1), high - 1)
+            size = size if low < size < high else (low + high) // 2
         else:
             size = max(size, low + 1)
         tokens = count(size)

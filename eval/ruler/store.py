@@ -1,9 +1,12 @@
 """RULER samples and predictions on disk, in RULER's own file format.
 
-    <out>/ruler/data-<key>/<length>/<task>/validation.jsonl
+    <out>/<benchmark>/data-<key>/<length>/<task>/validation.jsonl
         index, input, outputs, length, answer_prefix, size
-    <out>/ruler/pred-<key>/<length>/<task>.jsonl
+    <out>/<benchmark>/pred-<key>/<length>/<task>.jsonl
         index, pred, input, outputs, others, truncation, length
+
+A length's folder of predictions is what RULER's own `eval/evaluate.py --data_dir` takes. The benchmark is `ruler`,
+`ruler-local` or `needle`.
 
 Every line is on disk before the next is begun, so a killed run goes on behind its last whole line. A key is a
 hash of everything that determines the content: what is found under a key is always valid, and the results
@@ -22,7 +25,7 @@ from typing import Any
 from eval.files import append_line, drop_torn_line, read_lines, write_json
 from eval.ruler.sample import Sample
 
-DATA_VERSION = 1  # raise it when a generator changes what it makes for the same seed
+DATA_VERSION = 2  # raise it when a generator changes what it makes for the same seed
 
 
 def key_of(facts: dict[str, Any]) -> str:

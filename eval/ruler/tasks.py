@@ -10,8 +10,10 @@ from conf.errors import UserError
 from eval.ruler.cwe import CommonWords
 from eval.ruler.fwe import FrequentWords
 from eval.ruler.niah import Niah
+from eval.ruler.qa import QuestionAnswering
 from eval.ruler.sample import Draft, Sample, largest_fitting, require_fit, sample_rng
-from eval.ruler.template import wrap
+from eval.ruler.template import COMMON_WORDS, FREQUENT_WORDS, NIAH, QUESTION_ANSWERING, VARIABLE_TRACKING, wrap
+from eval.ruler.texts import Texts
 from eval.ruler.vt import VariableTracking
 
 OFFICIAL = (
@@ -33,7 +35,7 @@ BUILT_IN = ("niah_single_1", "niah_multikey_2", "niah_multikey_3", "vt", "cwe", 
 
 
 class Task(Protocol):
-    """A generator: `draft(rng, size)` is the same text for the same random state and size."""
+    """A generator: `draft(rng, size, index)` is the same text for the same random state, size and sample."""
 
     @property
     def tokens(self) -> int: ...  # generation budget
@@ -41,32 +43,58 @@ class Task(Protocol):
     @property
     def smallest(self) -> int: ...  # least haystack size
 
-    def draft(self, rng: random.Random, size: int) -> Draft: ...
+    def draft(self, rng: random.Random, size: int, index: int) -> Draft: ...
 
 
-def check_task(name: str) -> None:
-    """Raise a `UserError` unless the task can be made here."""
-    if name in BUILT_IN:
-        return
-    if name in OFFICIAL:
-        raise UserError(f"ruler.tasks: {name} needs text that is not shipped; built in are {', '.join(BUILT_IN)}")
-    raise UserError(f"ruler.tasks: {name} is unknown; built in are {', '.join(BUILT_IN)}")
+NEEDLE = "needle_"  # one needle at a depth in percent, as needle_050: not of RULER's thirteen
 
 
-def make_task(name: str, length: int, count: Callable[[str], int]) -> Task:
-    """The generator of a task at a nominal length. `count` gives the tokens of a text, for the fixed parts."""
-    check_task(name)
-    if name == "niah_single_1":
-        return Niah("noise")
-    if name == "niah_multikey_2":
-        return Niah("needle")
-    if name == "niah_multikey_3":
-        return Niah("needle", key_kind="uuids", value_kind="uuids")
-    if name == "vt":
-        return VariableTracking.fitted(length, count)
-    if name == "cwe":
-        return CommonWords(length)
-    return FrequentWords(length)
+def check_task(name: str, texts: Texts) -> None:
+    """Raise a `UserError` unless the task can be made with these texts."""
+    make_task(name, 1, len, texts)
+
+
+def make_task(name: str, length: int, count: Callable[[str], int], texts: Texts) -> Task:
+    """The generator of a task at a nominal length.
+
+    Args:
+        count: tokens of a text, for the fixed parts.
+        texts: for the tasks that need more than is shipped.
+
+    Raises:
+        UserError: an unknown task, or one whose texts are not there.
+    """
+    essay: dict[str, Callable[[], Task]] = {
+        "niah_single_2": lambda: Niah("essay", essays=texts.essays),
+        "niah_single_3": lambda: Niah("essay", value_kind="uuids", essays=texts.essays),
+        "niah_multikey_1": lambda: Niah("essay", keys=4, essays=texts.essays),
+        "niah_multivalue": lambda: Niah("essay", values=4, essays=texts.essays),
+        "niah_multiquery": lambda: Niah("essay", queries=4, essays=texts.essays),
+        "qa_1": lambda: QuestionAnswering(name, texts.squad),
+        "qa_2": lambda: QuestionAnswering(name, texts.hotpotqa),
+    }
+    built_in: dict[str, Callable[[], Task]] = {
+        "niah_single_1": lambda: Niah("noise"),
+        "niah_multikey_2": lambda: Niah("needle"),
+        "niah_multikey_3": lambda: Niah("needle", key_kind="uuids", value_kind="uuids"),
+        "vt": lambda: VariableTracking.fitted(length, count),
+        "cwe": lambda: CommonWords(length, texts.more_words),
+        "fwe": lambda: FrequentWords(length),
+    }
+    if name.startswith(NEEDLE):
+        depth = int(name.removeprefix(NEEDLE)) / 100
+        return Niah("essay", essays=texts.essays, depth=depth) if texts.data else Niah("noise", depth=depth)
+    if name not in OFFICIAL:
+        raise UserError(f"ruler.tasks: {name} is unknown; there are {', '.join(OFFICIAL)}")
+    return (built_in | essay)[name]()
+
+
+def answer_tokens(name: str) -> int:
+    """Generation budget of a task."""
+    if name.startswith(("niah", NEEDLE)):
+        return NIAH.tokens
+    texts = {"vt": VARIABLE_TRACKING, "cwe": COMMON_WORDS, "fwe": FREQUENT_WORDS}
+    return texts.get(name, QUESTION_ANSWERING).tokens
 
 
 def make_sample(
@@ -91,7 +119,7 @@ def make_sample(
     """
 
     def draft(size: int) -> Draft:
-        return task.draft(sample_rng(seed, name, length, index), size)
+        return task.draft(sample_rng(seed, name, length, index), size, index)
 
     def tokens(size: int) -> int:
         made = draft(size)

@@ -23,6 +23,7 @@ MODEL_TEMPLATES = {
         "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, "
         "detailed, and polite answers to the user's questions. USER: {task_template} ASSISTANT:"
     ),
+    "lwm-chat": "You are a helpful assistant. USER: {task_template} ASSISTANT: ",
 }
 
 
@@ -63,6 +64,14 @@ FREQUENT_WORDS = TaskText(
     "What are the three most frequently appeared words in the above coded text?",
     " Answer: According to the coded text above, the three most frequently appeared words are:",
     50,
+)
+QUESTION_ANSWERING = TaskText(
+    "Answer the question based on the given documents. Only give me the answer and do not output any other words."
+    "\n\nThe following are given documents.\n\n{context}\n\n"
+    "Answer the question based on the given documents. Only give me the answer and do not output any other words."
+    "\n\nQuestion: {query}",
+    " Answer:",
+    32,
 )
 
 

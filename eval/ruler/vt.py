@@ -49,7 +49,7 @@ class VariableTracking:
     def smallest(self) -> int:
         return self.hops + 1
 
-    def draft(self, rng: random.Random, size: int) -> Draft:
+    def draft(self, rng: random.Random, size: int, index: int) -> Draft:
         """The text with `size` lines of noise."""
         example = self._problem(rng, self.example_noise, name_length=3)
         problem = self._problem(rng, size, name_length=5)

@@ -30,7 +30,7 @@ def config(small: Small, out: Path, **changes: Any) -> EvalConfig:
         "dataset": str(small.data),
         "device": "cpu",
         "loss": LossSuiteConfig(tokens=1024, bucket=16, trailing=8),
-        "ruler": RulerConfig(tasks=["niah_single_1"], lengths=[512], samples=2, batch=2),
+        "ruler": RulerConfig(tasks=["niah_single_1"], lengths=[512], samples=2),
         "gate": GateConfig(queries=16),
     }
     return EvalConfig(**{**values, **changes})
@@ -139,7 +139,7 @@ def test_report_of_nothing_but_a_loss(small: Small, tmp_path: Path) -> None:
 
 def test_second_run_answers_nothing_again(small: Small, finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = read(finished, "ruler")["plans"]
-    monkeypatch.setattr("eval.suites.generate", lambda *_, **__: pytest.fail("asked again"))
+    monkeypatch.setattr("eval.task_suites.generate", lambda *_, **__: pytest.fail("asked again"))
     run(config(small, finished, suite="ruler"))
     assert read(finished, "ruler")["plans"] == before
 
@@ -186,8 +186,10 @@ def test_compared_plans(small: Small) -> None:
     [
         ({"checkpoint": "/nonexistent"}, "does not exist"),
         ({"dataset": ""}, "set dataset=FOLDER"),
-        ({"ruler": RulerConfig(tasks=["qa_1"], samples=1)}, "not shipped"),
-        ({"suite": "gate", "attention": EvalAttentionConfig(kind="full")}, "no MoBA layers"),
+        ({"ruler": RulerConfig(tasks=["qa_1"], samples=1)}, "qa_1 needs"),
+        ({"checkpoint": []}, "nothing to evaluate"),
+        ({"suite": "report"}, "takes `out` folders"),
+        ({"suite": "lm_eval"}, "needs tasks"),
     ],
 )
 def test_refused_before_anything_is_written(

@@ -13,9 +13,10 @@ from conf.schema import RulerConfig
 from eval.files import read_lines
 from eval.ruler.run import Encoder, make_samples, run_ruler
 from eval.ruler.store import PredictionFile, SampleFile
+from eval.ruler.texts import Texts
 from tests.eval.build import Small
 
-CONFIG = RulerConfig(tasks=["niah_single_1", "fwe"], lengths=[1024], samples=7, batch=3)
+CONFIG = RulerConfig(tasks=["niah_single_1", "fwe"], lengths=[1024], samples=7)
 
 
 class Killed(Exception):
@@ -39,7 +40,8 @@ class Perfect:
 
 def run(small: Small, out: Path, answer: Perfect, config: RulerConfig = CONFIG, **facts: Any) -> dict[str, Any]:
     encoder = Encoder(small.tokenizer)
-    return run_ruler(config, encoder, out, {"full": answer}, {"full": {"plan": "full", **facts}}, lambda *_: None)
+    about = {"full": {"plan": "full", **facts}}
+    return run_ruler(config, encoder, out, {"full": answer}, about, lambda *_: None, batch_size=3)
 
 
 def lines(out: Path, pattern: str) -> list[dict[str, Any]]:
@@ -104,7 +106,7 @@ def test_any_prediction_may_be_missing(small: Small, tmp_path: Path) -> None:
 
 def test_indices_are_sample_numbers_not_places_in_the_text(small: Small, tmp_path: Path) -> None:
     config = RulerConfig(tasks=["niah_single_1"], lengths=[1024], samples=40)
-    folder = make_samples(config, Encoder(small.tokenizer), tmp_path, lambda *_: None)
+    folder = make_samples(config, Encoder(small.tokenizer), Texts(), tmp_path, lambda *_: None)
     samples = list(SampleFile(folder, 1024, "niah_single_1").read(40))
     assert [sample.index for sample in samples] == list(range(40))
     assert len({sample.input for sample in samples}) == 40  # places in the text would collide: few lines of noise
@@ -150,7 +152,7 @@ def test_bos_counts_and_is_not_doubled(small: Small) -> None:
 
 @pytest.mark.parametrize(
     ("changes", "message"),
-    [({"tasks": []}, "must not be empty"), ({"tasks": ["qa_1"]}, "not shipped"), ({"samples": 0}, "at least 1")],
+    [({"tasks": []}, "must not be empty"), ({"tasks": ["qa_1"]}, "qa_1 needs"), ({"samples": 0}, "at least 1")],
 )
 def test_bad_settings_are_refused_first(
     small: Small, tmp_path: Path, changes: dict[str, Any], message: str

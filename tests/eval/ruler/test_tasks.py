@@ -13,24 +13,26 @@ from conf.errors import UserError
 from eval.ruler.sample import Sample, largest_fitting
 from eval.ruler.tasks import BUILT_IN, OFFICIAL, make_sample, make_task
 from eval.ruler.template import MODEL_TEMPLATES, NOISE
+from eval.ruler.texts import Texts
 from eval.ruler.vt import VariableTracking
 from tests.eval.build import Small
 
 LENGTHS = (8192, 10_001)
+TEXTS = Texts()
 
 
 def make(small: Small, name: str, length: int, index: int, seed: int = 42, template: str = "base") -> Sample:
     def count(text: str) -> int:
         return len(small.tokenizer.encode(text))
 
-    task = make_task(name, length, count)
+    task = make_task(name, length, count, TEXTS)
     return make_sample(name, task, index, length, seed=seed, count=count, model_template=template)
 
 
 @pytest.mark.parametrize("name", BUILT_IN)
 @pytest.mark.parametrize("length", LENGTHS)
 def test_budget_is_filled_and_never_exceeded(small: Small, name: str, length: int) -> None:
-    tokens = make_task(name, length, len).tokens
+    tokens = make_task(name, length, len, TEXTS).tokens
     for index in range(3):
         sample = make(small, name, length, index)
         used = len(small.tokenizer.encode(sample.prompt)) + tokens
@@ -50,7 +52,7 @@ def test_guess_changes_nothing_but_time(small: Small) -> None:
     def count(text: str) -> int:
         return len(small.tokenizer.encode(text))
 
-    task = make_task("niah_single_1", 4096, count)
+    task = make_task("niah_single_1", 4096, count, TEXTS)
     kinds = {"seed": 42, "count": count}
     plain = make_sample("niah_single_1", task, 0, 4096, **kinds)
     for guess in (1, plain.size - 1, plain.size, plain.size + 3, 5000):
@@ -116,7 +118,7 @@ def test_solved_example_has_at_most_500_tokens() -> None:
         return len(text.split())
 
     for length, most in ((131_072, 500), (4096, 500), (2048, 256)):
-        task = make_task("vt", length, count)
+        task = make_task("vt", length, count, TEXTS)
         sample = make_sample("vt", task, 0, length, seed=42, count=count)
         example = sample.input.split("\n\nMemorize and track", 1)[0]
         asked = count(example) - 5  # without the five names
@@ -158,10 +160,10 @@ def test_model_template_goes_around_the_task(small: Small) -> None:
 def test_what_cannot_be_made_is_refused(small: Small) -> None:
     assert len(OFFICIAL) == 13 and set(BUILT_IN) < set(OFFICIAL)
     for name in set(OFFICIAL) - set(BUILT_IN):
-        with pytest.raises(UserError, match="not shipped"):
-            make_task(name, 4096, len)
+        with pytest.raises(UserError, match=r"needs? "):
+            make_task(name, 4096, len, TEXTS)
     with pytest.raises(UserError, match="unknown"):
-        make_task("niah", 4096, len)
+        make_task("niah", 4096, len, TEXTS)
     with pytest.raises(UserError, match="too short for vt"):
         make(small, "vt", 256, 0)
 
