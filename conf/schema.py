@@ -348,17 +348,7 @@ class RulerConfig:
 class NeedleConfig:
     """One needle at chosen depths of haystacks of chosen lengths (MoBA paper, figure 7)."""
 
-    lengths: list[int] = field(default_factory=list)  # prompt and answer; empty: 1/8, 1/4, 1/2, 1 of the checkpoint's
-    depths: int = 11  # from the first line of the haystack to the last, evenly spaced
-    samples: int = 4  # per length and depth
-    seed: int = 42
-
-
-@dataclass
-class NeedleConfig:
-    """One needle at chosen depths of haystacks of chosen lengths (MoBA paper, figure 7)."""
-
-    lengths: list[int] = field(default_factory=list)  # prompt and answer; empty: 1/8, 1/4, 1/2, 1 of the checkpoint's
+    lengths: list[int] = field(default_factory=list)  # prompt and answer; empty: the checkpoint's and 1/8, 1/4, 1/2
     depths: int = 11  # from the first line of the haystack to the last, evenly spaced
     samples: int = 4  # per length and depth
     seed: int = 42
@@ -370,28 +360,6 @@ class GateConfig:
 
     seq_len: int = 0  # 0: as loss.seq_len
     queries: int = 512  # so many queries are compared with full attention
-    block_sizes: list[int] = field(default_factory=list)  # of the grid of what-ifs; empty: seq_len / 8 to / 64
-    topks: list[int] = field(default_factory=lambda: [2, 3, 4, 8])  # of the grid: blocks with the own one
-
-
-@dataclass
-class GenerateConfig:
-    """How prompts are answered, in every suite that generates."""
-
-    batch: int = 8  # prompts answered at a time
-    chunk: int = 16_384  # prompt tokens of all rows run at a time: bounds memory, changes no token; 0: all
-    decode: str = "full"  # full (as in the MoBA paper) | moba: attention of the MoBA plans after the prompt
-
-
-@dataclass
-class LmEvalConfig:
-    """Tasks of EleutherAI's lm-eval harness."""
-
-    preset: str = ""  # moba_paper: the paper's table 2 with its shot counts; tasks= adds to it
-    include: str = ""  # folder of task YAML files of your own
-    shots: int = -1  # examples in the prompt; -1: as each task says
-    limit: int = 0  # documents per task; 0: all
-    max_length: int = 0  # tokens of prompt and answer, the oldest are cut off; 0: the checkpoint's length
     block_sizes: list[int] = field(default_factory=list)  # of the grid of what-ifs; empty: seq_len / 8 to / 64
     topks: list[int] = field(default_factory=lambda: [2, 3, 4, 8])  # of the grid: blocks with the own one
 
