@@ -78,10 +78,11 @@ def describe(parsed: HfConfig, out: str, hf: Path) -> TrainConfig:
     if moba := parsed.moba:
         try:
             full = [layer for layer in range(parsed.model.num_layers) if layer not in moba["layers"]]
-            sizes = {"block_size": int(moba["block_size"]), "topk": int(moba["topk"])}
+            size, topk = int(moba["block_size"]), int(moba["topk"])
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(f"{hf / 'config.json'}: the key moba needs block_size, topk and layers") from error
-        attention = AttentionConfig("moba", **sizes, choose=moba.get("choose", "moba"), full_layers=full)
+        choose = str(moba.get("choose", "moba"))
+        attention = AttentionConfig("moba", block_size=size, topk=topk, choose=choose, full_layers=full)
     stage = StageConfig(parsed.seq_len, parsed.seq_len, 1, rope=StageRopeConfig(**vars(parsed.rope)))
     stage.attention = attention
     config = TrainConfig(out=out, model=parsed.model, stages={STAGE: stage})

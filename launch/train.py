@@ -47,6 +47,8 @@ def run(config: TrainConfig) -> int:
         prepare_data(config, fresh=not progress.stage)
         if changes:
             record_changes(changes, paths, progress)
+        if (start := config.init.hf or config.init.checkpoint) and not progress.stage:
+            print(f"{config.out}: starts from {start}")
         save_config(replace(config, resume=ResumeConfig()), paths.config, comment=plans_text(config))
         code = walk(config, paths, lambda stage: local.start_stage(config, paths, stage, lock))
     if code == 0:

@@ -25,11 +25,15 @@ def config_from(folder: str, zero_stage: int, precision: str = "fp32", key_conv:
     return config
 
 
-def first_loss(folder: str, zero_stage: int, precision: str, key_conv: int = 0) -> dict[str, Any]:
+def first_loss(
+    folder: str, zero_stage: int, precision: str, key_conv: int = 0, checkpoint: str = ""
+) -> dict[str, Any]:
     """Loss of the first global batch and of the second, after one step; master weights at the start."""
     from train.loop import fit
 
     config = config_from(folder, zero_stage, precision, key_conv)
+    if checkpoint:  # an import of the same folder
+        config.init.hf, config.init.checkpoint = "", checkpoint
     config.max_steps = 2
     run = jobs.make_run(config)
     masters = {name[1:]: tensor.numpy() for name, tensor in jobs.tensors_of(run.engine).items() if name[0] == ":"}

@@ -11,7 +11,7 @@ import torch
 from conf.errors import UserError
 from conf.schema import TrainConfig
 from model.hf import read_hf
-from tests.gloo import GlooPool
+from tests.gloo import GlooPool, WorkerError
 from tests.launch.folders import save_llama
 from tests.train import init_jobs
 from train.mesh import Mesh
@@ -55,6 +55,19 @@ def test_key_convolution_is_added_as_the_identity(pool2: GlooPool, folder: Path)
         assert added["masters"].keys() - plain["masters"].keys() == {
             f"model.layers.{layer}.self_attn.key_conv.weight" for layer in (0, 1)
         }
+
+
+def test_an_imported_checkpoint_starts_as_its_folder(pool2: GlooPool, tmp_path: Path) -> None:
+    from launch.import_hf import import_hf
+
+    hf = save_llama(tmp_path / "hf")
+    out = import_hf(hf, tmp_path / "imported")
+    want = pool2(init_jobs.first_loss, str(hf), 3, "fp32")[0]
+    got = pool2(init_jobs.first_loss, str(hf), 3, "fp32", 0, str(out))[0]
+    assert got["loss"] == want["loss"]
+    (out / "weights-00000.safetensors").write_bytes(b"")
+    with pytest.raises(WorkerError, match=r"weights-00000\.safetensors holds 0 bytes"):
+        pool2(init_jobs.first_loss, str(hf), 3, "fp32", 0, str(out))
 
 
 def test_no_rank_holds_the_whole_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
