@@ -73,6 +73,7 @@ RANGES: dict[type, dict[str, Range]] = {
         **dict.fromkeys(("norm_eps", "init_std"), _POSITIVE),
         **dict.fromkeys(("head_dim", "key_conv"), _ZERO_OR_MORE),
     },
+    s.LoaderBenchConfig: {"tokens_per_s": _COUNT, "limit": _FRACTION, "seconds": _POSITIVE},
     s.RopeConfig: {
         "theta": Range(1, open_low=True),
         **dict.fromkeys(("low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow"), _POSITIVE),

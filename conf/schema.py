@@ -473,3 +473,16 @@ def register() -> None:
     store = ConfigStore.instance()
     for name, cls in ROOTS.items():
         store.store(name=f"{name}_schema", node=cls)
+@dataclass
+class LoaderBenchConfig:
+    """Root of `moba bench loader`."""
+
+    tokens_per_s: int = 60_000  # of the training step that is to be fed
+    limit: float = 0.01  # share of its time that a step may wait
+    seq_lens: list[int] = field(default_factory=lambda: [8192, 131_072])
+    set_tokens: list[int] = field(default_factory=lambda: [8_000_000, 64_000_000])  # sizes of the set
+    seconds: float = 8.0  # of each measurement
+    out: str = ""  # JSON file; empty: only the lines
+
+
+    "bench_loader": LoaderBenchConfig,
