@@ -8,8 +8,10 @@ Shape legend: T tokens of the packed requests, P scored positions, V vocab_size.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from itertools import accumulate
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -42,7 +44,8 @@ MOBA_PAPER: dict[str, int] = {
     "triviaqa": 0,
     "longbench": 0,
 }
-PRESETS = {"": {}, "moba_paper": MOBA_PAPER}
+CODE = ("humaneval", "mbpp")
+PRESETS: dict[str, dict[str, int]] = {"": {}, "moba_paper": MOBA_PAPER}
 
 
 def require_harness() -> None:
@@ -66,7 +69,7 @@ def task_shots(preset: str, tasks: Sequence[str], shots: int) -> dict[str, int |
 
 
 def run_tasks(
-    model: TemplateLM, tasks: dict[str, int | None], include: str, limit: int, code: bool
+    model: TemplateLM, tasks: dict[str, int | None], include: str = "", limit: int = 0, code: bool = False
 ) -> dict[str, Any]:
     """Scores by task: {task: {"shots", "metrics": {name: value}, "errors": {name: standard error}, "documents"}}.
 
@@ -76,12 +79,24 @@ def run_tasks(
         code: run the code that models write (HumanEval, MBPP).
 
     Raises:
-        UserError: a task the harness does not know.
+        UserError: a task the harness does not know, or one that runs code without being allowed to.
     """
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
 
-    manager = TaskManager(include_path=include or None)
+    if include and not Path(include).is_dir():
+        raise UserError(f"lm_eval.include={include} is not a folder")
+    unsafe = [task for task in tasks if task.startswith(CODE)]
+    if unsafe and not code:
+        raise UserError(
+            f"tasks {', '.join(unsafe)} run code that the model writes: allow it with lm_eval.code=true"
+        )
+    if unsafe:
+        os.environ.setdefault("HF_ALLOW_CODE_EVAL", "1")  # asked for by the metric's own guard
+    # Reading all of the harness's own task files takes a while: only if one of them is asked for.
+    manager = TaskManager(include_path=include, include_defaults=False) if include else None
+    if manager is None or not all(manager.match_tasks([task]) for task in tasks):
+        manager = TaskManager(include_path=include or None)
     unknown = [task for task in tasks if not manager.match_tasks([task])]
     if unknown:
         raise UserError(f"tasks={unknown}: unknown to lm-eval; lm_eval.include=FOLDER adds task files of your own")
