@@ -222,10 +222,38 @@ class MeshConfig:
 
 
 @dataclass
+class SlurmConfig:
+    """What `sbatch` is told. The script it gets is written to the run folder, to be read."""
+
+    partition: str = ""
+    account: str = ""
+    qos: str = ""
+    time: str = ""  # limit of a job, as 24:00:00
+    gpus: bool = True  # ask for `launch.nproc` GPUs per node
+    cpus: int = 0  # per node; 0: the cluster's default
+    grace: int = 120  # seconds before the end of the time at which the run is told to save
+    extra: list[str] = field(default_factory=list)  # more options, as --constraint=h100
+    submit: bool = True  # false: only write the script
+
+
+@dataclass
 class LaunchConfig:
-    kind: str = "local"
-    nproc: int = 1  # worker processes, one per GPU
+    """Where the workers run: on this machine, on the machines of a file over ssh, or where SLURM puts them."""
+
+    kind: str = "local"  # local | hostfile | slurm
+    nodes: int = 1  # machines; local: 1
+    nproc: int = 1  # worker processes per machine, one per GPU
+    hostfile: str = ""  # lines of `HOST slots=N`, the first `nodes` of which are used
+    port: int = 29500  # on the first machine, where the workers of several machines meet
     threads: int = 0  # CPU threads per worker; 0: cores / nproc
+    timeout: float = 1800.0  # seconds without a move of some rank until the job stops and names it; 0: never
+    max_restarts: int = 0  # starts again from the newest checkpoint after a crash or a stall
+    slurm: SlurmConfig = field(default_factory=SlurmConfig)
+
+    @property
+    def world(self) -> int:
+        """Worker processes in all."""
+        return self.nodes * self.nproc
 
 
 @dataclass
@@ -233,6 +261,19 @@ class CheckpointConfig:
     every: int = 0  # steps between saves; 0: only at the end of each stage
     keep: int = 2  # newest so many are kept; the last of each stage always is
     background: bool = True  # written while training goes on, from a copy of each rank's share in host memory
+
+
+@dataclass
+class GuardConfig:
+    """What to do about bad steps. The update of a bad step is never applied, whatever follows."""
+
+    nonfinite: str = "stop"  # loss or gradient norm: stop | skip the update | rollback to the newest checkpoint
+    spike: str = "off"  # off | stop | skip | rollback
+    spike_factor: float = 2.0  # a loss above so many times its median over `window` is a spike; 0: none is
+    norm_factor: float = 0.0  # the same for the gradient norm; 0: none is
+    window: int = 64  # good steps of the stage behind the medians; before there are so many nothing is a spike
+    leave_out: int = 1  # rollback: the data of so many steps, the bad one the last, is not trained on again
+    limit: int = 10  # skipped steps since the start, or rollbacks of a stage: one more stops the run
 
 
 @dataclass
@@ -289,6 +330,7 @@ class TrainConfig:
     mesh: MeshConfig = field(default_factory=MeshConfig)
     launch: LaunchConfig = field(default_factory=LaunchConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    guard: GuardConfig = field(default_factory=GuardConfig)
     metrics: MetricsConfig = field(default_factory=MetricsConfig)
     eval: TrainEvalConfig = field(default_factory=TrainEvalConfig)
 
@@ -369,7 +411,7 @@ class GenerateConfig:
     """How prompts are answered, in every suite that generates."""
 
     batch: int = 8  # prompts answered at a time
-    chunk: int = 16_384  # prompt tokens of all rows run at a time: bounds memory, changes no token; 0: all
+    chunk: int = 65_536  # prompt tokens of all rows run at a time: bounds memory, changes no token; 0: all
     decode: str = "full"  # full (as in the MoBA paper) | moba: attention of the MoBA plans after the prompt
 
 
@@ -429,10 +471,10 @@ class StepBenchConfig:
     out: str = "benchmarks/results/step.json"  # rows of other configurations in it are kept; the plot goes beside it
     lengths: list[int] = field(default_factory=lambda: [8192])  # tokens of the sequence
     plans: list[str] = field(default_factory=lambda: ["full", "512x3"])  # full or BLOCKxTOPK
-    sweep: list[str] = field(default_factory=list)  # rows TOKENS/PLAN[/engine.KEY:VALUE...] in place of the above
+    sweep: list[str] = field(default_factory=list)  # rows TOKENS/PLAN[/KEY:VALUE...] in place of the above
     steps: int = 3  # timed steps; their median counts
     warmup: int = 1  # steps before them
-    parts: bool = True  # one more step, in which each part is timed
+    parts: str = "after"  # after: one more step that times each part | within: the timed steps do | none
     gpu: str = "auto"  # auto | a100 | h100 | h200 | b200: whose peak rate and memory
     model: ModelConfig = field(default_factory=ModelConfig)
     attention: AttentionConfig = field(default_factory=AttentionConfig)  # kind, block_size and topk: as the plan says
@@ -456,10 +498,23 @@ class BenchConfig:
     plot: bool = True  # a PNG beside the JSON
 
 
+@dataclass
+class LoaderBenchConfig:
+    """Root of `moba bench loader`."""
+
+    tokens_per_s: int = 60_000  # of the training step that is to be fed
+    limit: float = 0.01  # share of its time that a step may wait
+    seq_lens: list[int] = field(default_factory=lambda: [8192, 131_072])
+    set_tokens: list[int] = field(default_factory=lambda: [8_000_000, 64_000_000])  # sizes of the set
+    seconds: float = 8.0  # of each measurement
+    out: str = ""  # JSON file; empty: only the lines
+
+
 ROOTS: dict[str, type[Any]] = {
     "train": TrainConfig,
     "prepare": PrepareConfig,
     "export": ExportConfig,
+    "bench_loader": LoaderBenchConfig,
     "import": ImportConfig,
     "eval": EvalConfig,
     "plan": PlanConfig,
@@ -473,16 +528,3 @@ def register() -> None:
     store = ConfigStore.instance()
     for name, cls in ROOTS.items():
         store.store(name=f"{name}_schema", node=cls)
-@dataclass
-class LoaderBenchConfig:
-    """Root of `moba bench loader`."""
-
-    tokens_per_s: int = 60_000  # of the training step that is to be fed
-    limit: float = 0.01  # share of its time that a step may wait
-    seq_lens: list[int] = field(default_factory=lambda: [8192, 131_072])
-    set_tokens: list[int] = field(default_factory=lambda: [8_000_000, 64_000_000])  # sizes of the set
-    seconds: float = 8.0  # of each measurement
-    out: str = ""  # JSON file; empty: only the lines
-
-
-    "bench_loader": LoaderBenchConfig,
