@@ -19,6 +19,7 @@ from model.schedule import FULL, LayerPlan
 from model.transformer import CausalLM
 from tests.model.build import packed, tiny_config
 from tests.tolerances import assert_close
+from train.live_memory import LiveMemory
 
 BATCH = packed([[70, 26], [96]])
 MOBA = LayerPlan("moba", 16, 3)
@@ -49,7 +50,9 @@ def gradients(model: CausalLM, plan: str) -> dict[str, Tensor]:
     return {"loss": loss.detach(), **{name: grad for name, grad in named.items() if grad is not None}}
 
 
-@pytest.mark.parametrize("execution", SWITCHES, ids=lambda e: f"{e.checkpointing}-{e.offload_checkpoints}-{e.mlp_tile}")
+@pytest.mark.parametrize(
+    "execution", SWITCHES, ids=lambda e: f"{e.checkpointing}-{e.offload_checkpoints}-{e.mlp_tile}"
+)
 @pytest.mark.parametrize("plan", PLANS)
 def test_equal_gradients(execution: Execution, plan: str) -> None:
     want = gradients(build(Execution()), plan)
@@ -106,14 +109,9 @@ def test_blocks_are_chosen_once(mode: str, backend: str, monkeypatch: pytest.Mon
 
 
 def kept_bytes(execution: Execution, plan: str) -> int:
-    """Bytes of tensors that live after the forward pass and not before it."""
-    gc.collect()
-    before = {id(x): x for x in gc.get_objects() if isinstance(x, Tensor)}
-    storages = {x.untyped_storage().data_ptr() for x in before.values()}
+    """Bytes of the activations that the graph of a forward pass keeps."""
     model = build(execution)
-    if model.model.offload is not None:
-        model.model.offload = offload.HostOffload(min_bytes=0)
-    storages |= {p.untyped_storage().data_ptr() for p in model.parameters()}
+    outside = {p.untyped_storage().data_ptr() for p in model.parameters()}
     kept: dict[int, int] = {}
 
     def pack(x: Tensor) -> Tensor:
@@ -122,11 +120,11 @@ def kept_bytes(execution: Execution, plan: str) -> int:
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
         model(**BATCH, plans=PLANS[plan])
-    return sum(size for place, size in kept.items() if place not in storages)
+    return sum(size for place, size in kept.items() if place not in outside)
 
 
-def test_less_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Full: a block's input; selective: also what attention saved, without q, k and v; tiled: nothing of the MLP."""
+def test_less_is_kept() -> None:
+    """Full: a block's input; selective: also what attention saved but q, k and v; tiled: nothing of the MLP."""
     tokens, hidden, inner = 192, 32, 48
     plain = kept_bytes(Execution(), "moba")
     full = kept_bytes(Execution(checkpointing="full"), "moba")
@@ -135,7 +133,7 @@ def test_less_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_selective_keeps_output_and_ids_but_not_q_k_v() -> None:
-    """By shape: of all that attention saves, [T, H, D] stays once (the output) and no [T, Hkv, D]; ids in a byte."""
+    """Of all that attention saves, [T, H, D] stays once (the output) and no [T, Hkv, D]; ids in a byte."""
     kept: list[Tensor] = []
     genuine = recompute._Keep.pack
 
@@ -154,6 +152,23 @@ def test_selective_keeps_output_and_ids_but_not_q_k_v() -> None:
     assert shapes.count(((192, 4, 16), torch.float32)) == 3
     assert shapes.count(((192, 4, 2), torch.uint8)) == 3
     assert not any(shape == (192, 2, 16) for shape, _ in shapes)
+
+
+@pytest.mark.parametrize("mode", ["none", "full", "selective"])
+@pytest.mark.parametrize("moved", [False, True])
+def test_nothing_recomputed_stays(mode: str, moved: bool) -> None:
+    """After backward, with the loss and so the graph still there, only gradients are left."""
+    model = build(Execution(checkpointing=mode, offload_checkpoints=moved, mlp_tile=40))
+    with LiveMemory() as memory:
+        memory.watch([*model.parameters(), *(x for x in BATCH.values() if isinstance(x, Tensor))])
+        before = memory.live
+        loss = model(**BATCH, plans=PLANS["moba"]).loss_sum
+        loss.backward()
+        gc.collect()
+        left = memory.live - before - sum(p.grad.numel() * 4 for p in model.parameters() if p.grad is not None)
+        if model.model.offload is not None:
+            left -= sum(x.numel() for free in model.model.offload._buffers._free.values() for x in free)
+    assert loss.requires_grad and left < 192 * 32 * 4  # less than one hidden state
 
 
 def test_recomputation_stops_before_the_tiled_mlp(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -190,7 +205,12 @@ def test_evaluation_and_probes_pass_through() -> None:
 
 
 def test_ids_survive_packing() -> None:
-    for num_blocks, dtype in ((255, torch.uint8), (256, torch.int16), (2**15, torch.int16), (2**15 + 1, torch.int32)):
+    for num_blocks, dtype in (
+        (255, torch.uint8),
+        (256, torch.int16),
+        (2**15, torch.int16),
+        (2**15 + 1, torch.int32),
+    ):
         ids = torch.tensor([-1, 0, 1, num_blocks - 1], dtype=torch.int32)
         narrow = pack_ids(ids, num_blocks)
         assert narrow.dtype == dtype
