@@ -101,10 +101,10 @@ def run_tasks(
     if unknown:
         raise UserError(f"tasks={unknown}: unknown to lm-eval; lm_eval.include=FOLDER adds task files of your own")
     results: dict[str, Any] = {}
-    for task, shots in tasks.items():
+    for shots in dict.fromkeys(tasks.values()):  # one call for all with the same number: each call has a start-up
         found = simple_evaluate(
             model=model,
-            tasks=[task],
+            tasks=[task for task, number in tasks.items() if number == shots],
             num_fewshot=shots,
             limit=limit or None,
             task_manager=manager,
@@ -112,8 +112,7 @@ def run_tasks(
             log_samples=False,
             bootstrap_iters=1000,
         )
-        for name, row in found["results"].items():
-            results[name] = _scores(name, row, found)
+        results |= {name: _scores(name, row, found) for name, row in found["results"].items()}
     return results
 
 

@@ -85,12 +85,20 @@ def block_bound(packed: Packed, layer_plan: LayerPlan) -> int:
     return packed.num_tokens // layer_plan.block_size + packed.cu_seqlens.numel() - 1
 
 
+class Embedding(nn.Embedding):
+    """Draws nothing on the meta device, where torch would first import its compiler (seconds) to draw nothing."""
+
+    def reset_parameters(self) -> None:
+        if not self.weight.is_meta:
+            super().reset_parameters()
+
+
 class Trunk(nn.Module):
     """Embedding, blocks, final norm: token ids to hidden states."""
 
     def __init__(self, config: ModelConfig, rope: RopeConfig, backend: str, execution: Execution) -> None:
         super().__init__()
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config, layer, backend, execution) for layer in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.norm_eps, execution)
         self.offload = HostOffload() if execution.offload_checkpoints else None
