@@ -29,6 +29,14 @@ class RunPaths:
         return self.root / "logs"  # what workers other than the first print
 
     @property
+    def heartbeat(self) -> Path:
+        return self.logs / "heartbeat"  # where every rank stands
+
+    @property
+    def guard(self) -> Path:
+        return self.root / "guard.jsonl"  # rollbacks, and the data they leave out
+
+    @property
     def checkpoints(self) -> Path:
         return self.root / "checkpoints"
 

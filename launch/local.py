@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from types import FrameType
 
 from conf.paths import RunPaths
@@ -21,26 +22,46 @@ def start_stage(config: TrainConfig, run: RunPaths, stage: str, lock: int) -> in
     `lock` is the run folder's lock, inherited so that the folder stays taken until the workers are gone.
     Returns 0, the workers' own code (2: bad input), or 128 + N after signal N.
     """
-    arguments = worker_command(config.launch.nproc, run, stage)
+    return start_workers(worker_command(config.launch.nproc, run, stage), config.launch, (lock,))
+
+
+def start_workers(command: list[str], config: LaunchConfig, pass_fds: tuple[int, ...] = ()) -> int:
+    """Run `command` (of `torchrun_command`) to its end, passing signals on. Codes as for `start_stage`."""
     # A session of its own: Ctrl-C reaches the workers once, through us, not twice.
-    child = subprocess.Popen(arguments, env=worker_env(config.launch), start_new_session=True, pass_fds=(lock,))
+    child = subprocess.Popen(command, env=worker_env(config), start_new_session=True, pass_fds=pass_fds)
     with _forwarding(child) as received:
         code = child.wait()
-    if received:
-        return 128 + received[0]
+    if received and code == 0:
+        return 128 + received[0]  # nobody minded it: but whoever sent it wants no next stage
     return code if code >= 0 else 128 - code
 
 
 def worker_command(nproc: int, run: RunPaths, stage: str) -> list[str]:
-    """Rank 0 writes to the terminal; the output of the others goes to `logs/`."""
+    """The workers of a stage."""
+    return torchrun_command(nproc, run.logs, "train.run", str(run.config), stage)
+
+
+def torchrun_command(
+    nproc: int, logs: Path, module: str, *arguments: str, nodes: int = 1, node_rank: int = 0, master: str = ""
+) -> list[str]:
+    """`python -m MODULE ARGUMENTS` on `nproc` ranks. Rank 0 writes to the terminal, the others into `logs`.
+
+    On several machines the ranks meet at `master`, HOST:PORT of the first; the first rank of each writes to its
+    terminal, and each machine has a folder of logs of its own.
+    """
+    meet = ["--standalone"]
+    if nodes > 1:
+        host, _, port = master.rpartition(":")
+        meet = ["--nnodes", str(nodes), "--node-rank", str(node_rank)]
+        meet += ["--master-addr", host, "--master-port", port]
+        logs = logs / f"node-{node_rank}"
     # fmt: off
     torchrun = [
-        "--standalone", "--max-restarts", "0", "--nproc-per-node", str(nproc), "--log-dir", str(run.logs),
+        *meet, "--max-restarts", "0", "--nproc-per-node", str(nproc), "--log-dir", str(logs),
         "--redirects", ",".join(f"{rank}:{3 if rank else 0}" for rank in range(nproc)),  # 3: stdout and stderr
     ]
     # fmt: on
-    worker = ["-m", "train.run", str(run.config), stage]
-    return [sys.executable, "-m", "launch.elastic", str(run.logs), *torchrun, *worker]
+    return [sys.executable, "-m", "launch.elastic", str(logs), *torchrun, "-m", module, *arguments]
 
 
 def worker_env(config: LaunchConfig) -> dict[str, str]:
@@ -66,7 +87,7 @@ def usable_cores() -> int:
 
 @contextmanager
 def _forwarding(child: subprocess.Popen[bytes]) -> Iterator[list[int]]:
-    """Pass SIGINT and SIGTERM on to the child's process group; yields the signals received so far."""
+    """Pass SIGINT, SIGTERM and SIGUSR1 on to the child's process group; yields the signals received so far."""
     received: list[int] = []
 
     def forward(number: int, _frame: FrameType | None) -> None:
@@ -74,7 +95,8 @@ def _forwarding(child: subprocess.Popen[bytes]) -> Iterator[list[int]]:
         with suppress(ProcessLookupError):  # gone already
             os.killpg(child.pid, number)
 
-    previous = {sig: signal.signal(sig, forward) for sig in (signal.SIGINT, signal.SIGTERM)}
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+    previous = {sig: signal.signal(sig, forward) for sig in numbers}
     try:
         yield received
     finally:

@@ -21,7 +21,7 @@ from launch.stages import Progress
 # Processes, ZeRO stage and micro-batches only reorder floating-point sums; a data set that moved is
 # recognised by its fingerprint.
 ZERO = "engine.zero_stage"
-FREE = ("out", "max_steps", "dry_run", "resume", "launch", "metrics", "checkpoint", "eval", "mesh", ZERO)
+FREE = ("out", "max_steps", "dry_run", "resume", "launch", "guard", "metrics", "checkpoint", "eval", "mesh", ZERO)
 FREE_IN_STAGE = ("micro_batch", "attention.backend")
 # What `resume.allow` can name: parts of a stage, and the optimizer's settings. The rest decides what was trained.
 ALLOWED = ("attention", "rope", "lr", "optim")

@@ -12,12 +12,12 @@ from conf.load import load_train_config, save_config
 from conf.paths import RunPaths
 from conf.schema import ResumeConfig, TrainConfig
 from conf.validate import validate
-from launch import local
 from launch.command import Command
 from launch.init import Completion, check_origin, check_sets, complete_ropes
 from launch.preview import num_steps, plans_text, print_plan
 from launch.rundir import check_same, check_timely, record_changes, run_lock
-from launch.stages import read_progress, walk
+from launch.stages import read_progress
+from launch.start import starter
 
 
 def resolve(overrides: Sequence[str]) -> TrainConfig:
@@ -33,8 +33,8 @@ def resolve(overrides: Sequence[str]) -> TrainConfig:
 
 def run(config: TrainConfig) -> int:
     """Train, or go on training, the run in `config.out`. Returns the exit code."""
-    validate(config, config.launch.nproc)
-    _check_devices(config)
+    validate(config, config.launch.world)
+    begin = starter(config.launch)
     paths = RunPaths(Path(config.out))
     check_same(config, paths)
     if config.dry_run:
@@ -50,8 +50,8 @@ def run(config: TrainConfig) -> int:
         if (start := config.init.hf or config.init.checkpoint) and not progress.stage:
             print(f"{config.out}: starts from {start}")
         save_config(replace(config, resume=ResumeConfig()), paths.config, comment=plans_text(config))
-        code = walk(config, paths, lambda stage: local.start_stage(config, paths, stage, lock))
-    if code == 0:
+        code = begin(config, paths, lock)
+    if code == 0 and config.launch.kind != "slurm":
         total = sum(num_steps(stage) for stage in config.stages.values())
         limit = "" if config.max_steps is None else f" (max_steps={config.max_steps})"
         print(f"{config.out}: {read_progress(paths).step} of {total} steps done{limit}")
@@ -79,16 +79,6 @@ def prepare_data(config: TrainConfig, fresh: bool) -> None:
                 f"model.vocab_size={config.model.vocab_size} is below the {store.vocab_size} tokens of {key}'s "
                 f"tokenizer: use model.vocab_size={store.vocab_size} or another set"
             )
-
-
-def _check_devices(config: TrainConfig) -> None:
-    import torch
-
-    devices = torch.cuda.device_count()
-    if devices and config.launch.nproc > devices:
-        raise UserError(
-            f"launch.nproc={config.launch.nproc}: {devices} CUDA devices are visible, use at most {devices}"
-        )
 
 
 COMMAND = Command(

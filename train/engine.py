@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+from datetime import timedelta
 from typing import Any, TypeAlias
 
 import torch
@@ -21,14 +22,17 @@ from model.layers import MLP
 from model.rope import Rotary
 from model.shapes import head_dim, num_parameters
 from model.transformer import CausalLM
-from train.mesh import COLLECTIVE_TIMEOUT, Mesh, build_mesh
+from train.mesh import Mesh, build_mesh
 from train.optim import build_adamw
 
 DeepSpeedEngine: TypeAlias = Any  # deepspeed.DeepSpeedEngine: imported where it is used, and untyped
 
 
-def init_distributed(sequence_parallel: int) -> Mesh:
-    """Join the process group torchrun describes in the environment; groups and device of this rank."""
+def init_distributed(sequence_parallel: int, timeout: float = 0.0) -> Mesh:
+    """Join the process group torchrun describes in the environment; groups and device of this rank.
+
+    `timeout`: of the watchdog, in seconds; collectives wait a little longer, so that it can speak first. 0: a day.
+    """
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed prints a warning about its guess
     import deepspeed
@@ -47,7 +51,7 @@ def init_distributed(sequence_parallel: int) -> Mesh:
     deepspeed.init_distributed(
         dist_backend=accelerator.communication_backend_name() if device.type != "cpu" else "gloo",
         auto_mpi_discovery=False,
-        timeout=COLLECTIVE_TIMEOUT,
+        timeout=timedelta(seconds=1.5 * timeout + 60 if timeout else 86_400),
         verbose=False,
     )
     return build_mesh(sequence_parallel, device)
@@ -74,6 +78,7 @@ def deepspeed_config(config: TrainConfig, micro_batch: int, accumulation: int, n
         "gradient_clipping": config.optim.clip if stage else 0.0,  # stage 0: `clip_and_norm`, which also reports
         "steps_per_print": 10**9,
         "wall_clock_breakdown": False,
+        "zero_allow_untested_optimizer": True,  # ours is torch's AdamW, with a veto on bad steps
         "zero_optimization": {
             "stage": stage,
             # The bucket holds at most the model: the default would reserve gigabytes for a small one.

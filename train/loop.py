@@ -7,7 +7,7 @@ a rank's micro-batch may be some columns of its rows, which changes nothing here
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,11 +21,13 @@ from data.batch import Batch
 from data.batch_hash import as_signed, as_text, rows_hash
 from model.schedule import LayerPlan, describe, plan
 from train.engine import DeepSpeedEngine, clip_and_norm, grad_norm, set_lr
+from train.guard import Guard
 from train.mesh import Mesh
 from train.metrics import MetricsLog, Row
 from train.optim import lr_at
 from train.pending import PendingRow, Stopwatch
 from train.saver import Saver
+from train.settle import bad_row, finish_saving, settle
 from train.signals import StopSignal
 from train.state import TrainState
 
@@ -48,6 +50,9 @@ class Run:
     evaluate: Callable[[Plans], Row]  # held-out loss; collective
     save: Callable[[], None]  # checkpoint of `state`; collective
     saver: Saver | None = None  # behind `save`, where it writes in the background
+    guard: Guard | None = None  # without it bad steps go unseen
+    left_out: Collection[int] = ()  # steps of the stage, from 0, whose data is not trained on
+    at: Callable[[str, int], None] = lambda place, step: None  # hears where this rank is: a part, and a step
 
 
 def fit(run: Run) -> int:
@@ -64,15 +69,8 @@ def fit(run: Run) -> int:
     if state.step == 0:
         evaluate(run, plans)
     while not (state.stage_done or at_limit(run)):
-        timer = Stopwatch(run.mesh.device)
         plans = announce_change(run, plans, current_plans(run))
-        lr = lr_at(run.stage.lr, state.stage_tokens + tokens_per_step, run.stage.tokens)
-        micro_batches, loader_state = next(run.batches)
-        sums = train_step(run, micro_batches, plans, lr)
-        timer.stop()
-        advance(state, tokens_per_step, run.stage.tokens, loader_state)
-        row = describe_step(run, lr, plans) | hash_of_step(run, micro_batches)
-        before, pending = pending, PendingRow(sums, row, timer, tokens_per_step)
+        before, pending = pending, next_step(run, plans, tokens_per_step)
         stop = settle(run, before)
         eval_due, save_due = due(run)
         if stop or eval_due or save_due:
@@ -80,7 +78,9 @@ def fit(run: Run) -> int:
             pending = None
         if eval_due:
             evaluate(run, plans)
+            stop = anyone_asked(run) or stop
         if save_due or stop:
+            run.at("save", state.step)
             run.save()
         if stop:
             finish_saving(run)
@@ -90,6 +90,25 @@ def fit(run: Run) -> int:
     return 0
 
 
+def next_step(run: Run, plans: Plans, tokens: int) -> PendingRow | None:
+    """Fetch, train on and count one step of `tokens` tokens; None if its data is left out after a rollback."""
+    state = run.state
+    run.at("data", state.step + 1)
+    timer = Stopwatch(run.mesh.device)
+    lr = lr_at(run.stage.lr, state.stage_tokens + tokens, run.stage.tokens)
+    micro_batches, loader_state = next(run.batches)
+    run.at("step", state.step + 1)
+    skipped = state.stage_step in run.left_out
+    sums = None if skipped else train_step(run, micro_batches, plans, lr)
+    timer.stop()
+    advance(state, tokens, run.stage.tokens, loader_state)
+    row = describe_step(run, lr, plans)
+    if sums is None:
+        run.metrics.write(bad_row(run, row, "left out", "after a rollback"))
+        return None
+    return PendingRow(sums, row | hash_of_step(run, micro_batches), timer, tokens)
+
+
 def due(run: Run) -> tuple[bool, bool]:
     """Whether the step that was just counted calls for an evaluation, and for a checkpoint."""
     state, config = run.state, run.config
@@ -97,19 +116,11 @@ def due(run: Run) -> tuple[bool, bool]:
     return state.stage_done or _every(state.step, config.eval.every), save
 
 
-def settle(run: Run, pending: PendingRow | None) -> bool:
-    """Read a finished step's numbers and act on them, on every rank alike. Returns whether to stop."""
-    if pending is None:
-        return False
-    outcome = pending.finish(run.metrics)
-    if run.saver is not None:
-        run.saver.advance(outcome.saving, outcome.save_failed)
-    return outcome.stop
-
-
-def finish_saving(run: Run) -> None:
-    if run.saver is not None:
-        run.saver.wait()
+def anyone_asked(run: Run) -> bool:
+    """Whether any rank was asked to stop. Collective, and waits for the device."""
+    asked = torch.tensor(float(run.stop.requested), device=run.mesh.device)
+    dist.all_reduce(asked)
+    return bool(asked > 0)
 
 
 def train_step(run: Run, micro_batches: list[Batch], plans: Plans, lr: float) -> Tensor:
@@ -141,10 +152,14 @@ def train_step(run: Run, micro_batches: list[Batch], plans: Plans, lr: float) ->
         engine.backward(out.loss_sum * scale, scale_wrt_gas=False)
         sums[:4] += torch.stack([value.detach().double() for value in out])
         if index == len(micro_batches):
+            dist.all_reduce(sums)  # before the update, which depends on them
             own_norm = clip_and_norm(engine, run.config.optim)
+            if run.guard is not None:
+                run.guard.arm(sums, own_norm)
         engine.step()  # updates at the accumulation boundary, counts micro-batches before it
-    dist.all_reduce(sums)
-    return torch.cat([sums[:5], grad_norm(engine, own_norm).double().reshape(1), sums[5:]])
+    norm = grad_norm(engine, own_norm).double().reshape(1)
+    verdict = run.guard.verdict() if run.guard is not None else torch.zeros_like(norm)
+    return torch.cat([sums[:5], norm, sums[5:], verdict.reshape(1)])
 
 
 def describe_step(run: Run, lr: float, plans: Plans) -> Row:
@@ -168,8 +183,9 @@ def evaluate(run: Run, plans: Plans) -> None:
     """Held-out loss in the given plan, as a row of its own; nothing with `eval.tokens=0`."""
     if not run.config.eval.tokens:
         return
-    values = run.evaluate(plans)
     state = run.state
+    run.at("evaluate", state.step)
+    values = run.evaluate(plans)
     where = {"kind": "eval", "step": state.step, "tokens": state.tokens, "stage": state.stage}
     run.metrics.write(where | values | {"plan": describe(plans), "seq_len": run.stage.seq_len})
 

@@ -7,15 +7,12 @@ nothing of it: it sees `world` plain data-parallel ranks, and the loss scale (`t
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from data.batch import Batch
-
-COLLECTIVE_TIMEOUT = timedelta(minutes=30)  # checkpoints of large models are hashed while other ranks wait
 
 
 @dataclass(frozen=True)

@@ -101,6 +101,10 @@ class Terminal:
             self._progress.start()
 
     def write(self, row: Row) -> None:
+        if row["kind"] == "bad":
+            samples = "samples {} to {}".format(*row["samples"])
+            self.say(f"[{row['stage']}] step {row['step']}: {row['action']}: {row['reason']} ({samples})")
+            return
         if row["kind"] != "train":
             where = f"[{row['stage']}] step {row['step']}"
             self.say(f"{where}: held-out loss {row['heldout_loss']:.4f} over {row['heldout_tokens']:,} tokens")

@@ -3,13 +3,32 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from conf.schema import LrConfig, OptimConfig
+
+
+class GuardedAdamW(torch.optim.AdamW):
+    """AdamW that leaves out the updates `veto` objects to: weights, moments and step count stay as they are.
+
+    The fused one decides on the device, by the flag meant for gradient scalers; the others run on the CPU, where
+    looking costs nothing.
+    """
+
+    veto: Callable[[], Tensor] | None = None  # bool [], asked once the gradients are final
+
+    def step(self, closure: Any = None) -> Any:
+        if self.veto is None:
+            return super().step(closure)
+        bad = self.veto()
+        if self.defaults["fused"]:
+            self.found_inf = bad.float().reshape(())
+            return super().step(closure)
+        return None if bool(bad) else super().step(closure)
 
 
 def decays(name: str, param: nn.Parameter) -> bool:
@@ -37,7 +56,7 @@ def build_adamw(model: nn.Module, config: OptimConfig, *, fused: bool = False) -
 
     `fused`: one kernel for all parameters, on a GPU; on the CPU one vectorised pass over each.
     """
-    return torch.optim.AdamW(
+    return GuardedAdamW(
         parameter_groups(model.named_parameters(), config.weight_decay),
         lr=0.0,
         betas=(config.beta1, config.beta2),

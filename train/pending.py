@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 import time
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from train.metrics import MetricsLog, Row
+from train.metrics import Row
 
 
 class Stopwatch:
@@ -46,6 +45,7 @@ class Outcome:
     grad_norm: float  # global, before clipping
     saving: float  # ranks whose checkpoint is still being written
     save_failed: float  # ranks that could not write
+    verdict: float  # of `train.guard`: 0 for a good step
 
     @property
     def loss(self) -> float:
@@ -68,7 +68,8 @@ class PendingRow:
     """
 
     def __init__(self, sums: Tensor, row: Row, timer: Stopwatch, tokens: int) -> None:
-        self._row, self._timer, self._tokens = row, timer, tokens
+        self.row, self._timer, self._tokens = row, timer, tokens
+        self._outcome: Outcome | None = None
         self._host = sums
         self._copied: torch.cuda.Event | None = None
         if sums.is_cuda:
@@ -77,22 +78,20 @@ class PendingRow:
             self._copied = torch.cuda.Event()
             self._copied.record()
 
-    def finish(self, metrics: MetricsLog) -> Outcome:
-        """Wait for the numbers and write the row. Every rank gets the same outcome.
+    def finish(self) -> Outcome:
+        """Wait for the numbers. Every rank gets the same."""
+        if self._outcome is None:
+            if self._copied is not None:
+                self._copied.synchronize()
+            self._outcome = Outcome(*self._host.tolist())
+        return self._outcome
 
-        Raises:
-            FloatingPointError: loss or gradient norm is not finite. Nothing is saved after it.
-        """
-        if self._copied is not None:
-            self._copied.synchronize()
-        outcome = Outcome(*self._host.tolist())
-        loss, norm = outcome.loss, outcome.grad_norm
-        row = self._row | {"loss": loss, "grad_norm": norm, "valid_tokens": int(outcome.num_valid)}
-        row["tokens_per_s"] = self._tokens / self._timer.seconds()
+    def finished_row(self) -> Row:
+        """The step's row of the metrics."""
+        outcome = self.finish()
+        row = self.row | {"loss": outcome.loss, "grad_norm": outcome.grad_norm}
+        row |= {"valid_tokens": int(outcome.num_valid), "tokens_per_s": self._tokens / self._timer.seconds()}
         if outcome.num_trailing:
             row["trailing_loss"] = outcome.trailing_sum / outcome.num_trailing
             row["trailing_tokens"] = int(outcome.num_trailing)
-        if not (math.isfinite(loss) and math.isfinite(norm)):
-            raise FloatingPointError(f"step {row['step']}: loss {loss}, gradient norm {norm}; not saved")
-        metrics.write(row)
-        return outcome
+        return row

@@ -1,11 +1,13 @@
 """Worker entry: `python -m train.run CONFIG STAGE`, one process per device, started by `launch` through torchrun.
 
 Builds one stage (from the newest checkpoint of the run, or from scratch for the first stage), trains it to its
-end or to `max_steps`, saves and leaves. Exit codes: 0 done, 2 bad input, 75 stopped by a signal and saved.
+end or to `max_steps`, saves and leaves. Exit codes: 0 done, 2 bad input, 65 stopped by `guard`, 75 stopped
+by a signal and saved, 76 a rank did not move for `launch.timeout`; 1 anything else.
 """
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 import time
@@ -15,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from conf.constants import EXIT_USER_ERROR
+from conf.constants import EXIT_DIVERGED, EXIT_USER_ERROR
 from conf.domains import set_of
 from conf.errors import UserError
 from conf.inherit import stage_ropes
@@ -29,6 +31,8 @@ from data.store import TokenStore
 from train.checkpoint import SaveError, load_engine, newest_valid, read_state
 from train.engine import DeepSpeedEngine, build_engine, build_model, init_distributed, micro_batches_per_step
 from train.execution import exchange_text, execution_of
+from train.guard import Diverged, Guard, Rollback
+from train.guard import left_out as read_left_out
 from train.heldout import Heldout
 from train.loop import Run, fit
 from train.mesh import Mesh
@@ -37,10 +41,31 @@ from train.origin import open_origin
 from train.saver import Saver
 from train.signals import StopSignal
 from train.state import TrainState, fill_model, put_weights, reset_optimizer
+from train.watchdog import Watchdog
 
 
-def run_stage(config: TrainConfig, name: str, mesh: Mesh) -> int:
-    """Train stage `name` of `config` from wherever the run stands. Returns the exit code."""
+def run_stage(config: TrainConfig, name: str, mesh: Mesh, stop: StopSignal | None = None) -> int:
+    """Train stage `name` of `config` from wherever the run stands, and back from a checkpoint at a rollback.
+
+    Returns the exit code. `stop`: already installed, else one is.
+    """
+    stop = stop or StopSignal().install()
+    watchdog = Watchdog(RunPaths(Path(config.out)).heartbeat, mesh.rank, config.launch.timeout).start()
+    try:
+        while True:
+            try:
+                return _attempt(config, name, mesh, stop, watchdog)
+            except Rollback as rollback:
+                if mesh.is_main:
+                    print(f"WARNING: {rollback}; back to the newest checkpoint", file=sys.stderr, flush=True)
+            gc.collect()  # the engine that was
+            watchdog.at("start", 0)
+    finally:
+        watchdog.end()
+
+
+def _attempt(config: TrainConfig, name: str, mesh: Mesh, stop: StopSignal, watchdog: Watchdog) -> int:
+    """From the newest checkpoint to the end of the stage, a signal or a rollback."""
     paths, stage = RunPaths(Path(config.out)), config.stages[name]
     checkpoint = newest_valid(paths.checkpoints, mesh)
     state = starting_state(None if checkpoint is None else read_state(checkpoint), list(config.stages), name)
@@ -69,13 +94,19 @@ def run_stage(config: TrainConfig, name: str, mesh: Mesh) -> int:
     tokenizer = next(iter(stores.values())).tokenizer_path
 
     saver = Saver(paths.checkpoints, engine, config, tokenizer, mesh)
-    stop = StopSignal().install()
+    left_out, rollbacks = mesh.broadcast(read_left_out(paths.guard, name) if mesh.is_main else None)
+    if rollbacks > config.guard.limit:
+        raise Diverged(f"stage {name}: {rollbacks} rollbacks, guard.limit={config.guard.limit}")
     run = Run(
         config, stage, engine, mesh, state, iter(loader), metrics, stop,
         evaluate=lambda plans: heldout.evaluate(engine, plans), save=lambda: saver.save(state), saver=saver,
+        guard=Guard(config.guard, engine, state.recent), left_out=left_out, at=watchdog.at,
     )  # fmt: skip
     try:
         return fit(run)
+    except Rollback:
+        engine.destroy()
+        raise
     finally:
         metrics.close()
 
@@ -175,19 +206,23 @@ def main(arguments: list[str] | None = None) -> int:
         print("usage: python -m train.run CONFIG_YAML STAGE", file=sys.stderr)
         return EXIT_USER_ERROR
     follow_parent()
+    stop = StopSignal().install()  # first of all: whatever follows may take long
     warnings.filterwarnings("ignore", category=FutureWarning)  # of torch, about what DeepSpeed calls
     code = 1
     try:
         config = load_train_config(Path(arguments[0]))
         if arguments[1] not in config.stages:
             raise UserError(f"stages has no {arguments[1]}; there are: {', '.join(config.stages)}")
-        mesh = init_distributed(config.mesh.sequence_parallel)
-        code = run_stage(config, arguments[1], mesh)
+        mesh = init_distributed(config.mesh.sequence_parallel, config.launch.timeout)
+        code = run_stage(config, arguments[1], mesh, stop)
     except UserError as error:
         complain(error)
         code = EXIT_USER_ERROR
-    except (SaveError, FloatingPointError) as error:
+    except SaveError as error:
         complain(error)
+    except Diverged as error:
+        complain(error)
+        code = EXIT_DIVERGED
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
     return code

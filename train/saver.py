@@ -63,7 +63,7 @@ class Saver:
             return
         self._target = self._checkpoints / checkpoint_name(state.step)
         temporary = begin(self._target, self._engine, state, self._mesh)
-        self._state = replace(state)
+        self._state = replace(state, recent=list(state.recent))
         shards: list[Shard] = []
         collect_shards(self._engine, self._mesh, self._copy, lambda *shard: shards.append(shard))
         if self._mesh.device.type == "cuda":

@@ -34,6 +34,7 @@ class TrainState:
     stage_done: bool = False
     optimizer_step: int = 0  # AdamW's own count: bias correction depends on it
     loader: dict[str, Any] = field(default_factory=dict)
+    recent: list[list[float]] = field(default_factory=list)  # loss and gradient norm of steps, for `train.guard`
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)

@@ -20,7 +20,7 @@ from conf.load import load_train_config
 from conf.paths import RunPaths
 from conf.schema import TrainConfig
 
-LONGEST_SECONDS = 0.25  # a worker lives at most so long after its first step
+LONGEST_SECONDS = 0.2  # a worker lives at most so long after its first step
 
 
 def work(config: TrainConfig, stage: str, started: int) -> int:

@@ -18,7 +18,7 @@ from tests.train import jobs
 from tests.train.test_run import rows_of
 
 KILLS = int(os.environ.get("LONGMOBA_KILLS", "8"))  # `make soak` asks for more
-STEPS = 20 * KILLS
+STEPS = 4 * KILLS + 20
 
 
 @pytest.mark.slow

@@ -1,0 +1,91 @@
+"""What gloo workers do in tests of bad numbers and stalls. Module-level functions: they are sent by name."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from conf.paths import RunPaths, checkpoint_name
+from conf.schema import TrainConfig
+from tests.train import jobs
+
+NAN, INF = float("nan"), float("inf")
+FAULTS = ("nan_loss", "inf_gradient", "spike")
+
+
+def faulty(config: TrainConfig, fault: str, at: int, sp: int = 1) -> dict[str, Any]:
+    """Stage `short`, with a fault in the last rank's first micro-batch whenever it trains on step `at`'s data."""
+    from train import loop, run
+    from train.engine import init_distributed
+    from train.guard import Diverged
+
+    mesh = init_distributed(sp)
+    armed = [False]
+    genuine_step, genuine_build = loop.train_step, run.build
+
+    def step(now: Any, *args: Any) -> Any:
+        armed[0] = mesh.rank == mesh.world - 1 and now.state.stage_step == at
+        return genuine_step(now, *args)
+
+    def build(*args: Any) -> Any:
+        engine = genuine_build(*args)
+        engine.module.register_forward_hook(lambda module, inputs, out: strike(out))
+        return engine
+
+    def strike(out: Any) -> Any:
+        if not armed[0] or not out.loss_sum.requires_grad:
+            return out
+        armed[0] = False
+        if fault == "inf_gradient":
+            out.loss_sum.register_hook(lambda gradient: gradient * INF)
+            return out
+        return out._replace(loss_sum=out.loss_sum * (NAN if fault == "nan_loss" else 100.0))
+
+    loop.train_step, run.build = step, build
+    said = io.StringIO()
+    result: dict[str, Any] = {"error": ""}
+    try:
+        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+            result["code"] = run.run_stage(config, "short", mesh)
+    except Diverged as error:
+        result["error"] = str(error)
+    finally:
+        loop.train_step, run.build = genuine_step, genuine_build
+    return result | {"said": said.getvalue()}
+
+
+def state_of(config: TrainConfig, step: int) -> dict[str, Any]:
+    path = RunPaths(Path(config.out)).checkpoints / checkpoint_name(step) / "state.json"
+    state: dict[str, Any] = json.loads(path.read_text())
+    return state
+
+
+def stalled(config: TrainConfig, how: str) -> None:
+    """Rank 1 stops moving in step 2: `data` hangs in the loader, `frozen` as by SIGSTOP. Ends the process."""
+    import os
+    import signal
+
+    from train import run
+    from train.engine import init_distributed
+
+    mesh = init_distributed(1, config.launch.timeout)
+    genuine = run.TrainLoader
+
+    class Slow(genuine):  # type: ignore[misc, valid-type]
+        def step(self, t: int) -> Any:
+            if t == 2 and how == "data":
+                time.sleep(600)
+            if t == 2:
+                os.kill(os.getpid(), signal.SIGSTOP)
+            return super().step(t)
+
+    if mesh.rank == 1:
+        run.TrainLoader = Slow  # type: ignore[misc]
+    run.run_stage(config, "short", mesh)
+
+
+__all__ = ["FAULTS", "faulty", "jobs", "stalled", "state_of"]
