@@ -248,8 +248,6 @@ class LaunchConfig:
     threads: int = 0  # CPU threads per worker; 0: cores / nproc
     timeout: float = 1800.0  # seconds without a move of some rank until the job stops and names it; 0: never
     max_restarts: int = 0  # starts again from the newest checkpoint after a crash or a stall
-    timeout: float = 1800.0  # seconds without a move of some rank until the job stops and names it; 0: never
-    max_restarts: int = 0  # starts again from the newest checkpoint after a crash or a stall
     slurm: SlurmConfig = field(default_factory=SlurmConfig)
 
     @property
@@ -263,19 +261,6 @@ class CheckpointConfig:
     every: int = 0  # steps between saves; 0: only at the end of each stage
     keep: int = 2  # newest so many are kept; the last of each stage always is
     background: bool = True  # written while training goes on, from a copy of each rank's share in host memory
-
-
-@dataclass
-class GuardConfig:
-    """What to do about bad steps. The update of a bad step is never applied, whatever follows."""
-
-    nonfinite: str = "stop"  # loss or gradient norm: stop | skip the update | rollback to the newest checkpoint
-    spike: str = "off"  # off | stop | skip | rollback
-    spike_factor: float = 2.0  # a loss above so many times its median over `window` is a spike; 0: none is
-    norm_factor: float = 0.0  # the same for the gradient norm; 0: none is
-    window: int = 64  # good steps of the stage behind the medians; before there are so many nothing is a spike
-    leave_out: int = 1  # rollback: the data of so many steps, the bad one the last, is not trained on again
-    limit: int = 10  # skipped steps since the start, or rollbacks of a stage: one more stops the run
 
 
 @dataclass
