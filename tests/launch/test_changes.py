@@ -27,7 +27,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunPaths:
     (tmp_path / "checkpoints" / "step-00000005").mkdir(parents=True)
     monkeypatch.setattr(train, "read_progress", lambda run: Progress(5, "long", False))
     monkeypatch.setattr(train, "prepare_data", lambda config, fresh: None)
-    monkeypatch.setattr(train, "walk", lambda config, paths, start: 0)
+    monkeypatch.setattr(train, "starter", lambda launch: lambda config, paths, lock: 0)
     return RunPaths(tmp_path)
 
 
