@@ -91,11 +91,13 @@ def _raw(loader: TrainLoader, seconds: float, per_step: int) -> tuple[float, flo
 
 def _waiting(loader: TrainLoader, config: LoaderBenchConfig, per_step: int, *, busy: bool) -> float:
     """Share of the time spent waiting for batches by a consumer that takes per_step / tokens_per_s for a step:
-    asleep (a GPU computes) or busy in Python, where it holds the interpreter's lock (the worst case)."""
+    asleep (a GPU computes) or busy in Python, where it holds the interpreter's lock (the worst case). The first
+    batch, for which a run waits once, does not count (`first_step_ms`)."""
     seconds_per_step = per_step / config.tokens_per_s
     steps = max(3, round(config.seconds / seconds_per_step))
-    waited, start = 0.0, time.perf_counter()
     batches = iter(loader)
+    next(batches)
+    waited, start = 0.0, time.perf_counter()
     for _ in range(steps):
         asked = time.perf_counter()
         next(batches)

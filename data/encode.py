@@ -9,8 +9,9 @@ import numpy as np
 
 from conf.schema import ReadConfig
 from data.chat import ChatError, Segment, check_template, segments
+from data.encoder import Encoder
 from data.readers import Document, OnBad
-from data.tokenizer import Encoder, Tokenizer
+from data.tokenizer import Tokenizer
 
 BATCH_CHARS, BATCH_DOCS = 1 << 20, 512  # one call of the tokenizer
 

@@ -20,10 +20,11 @@ from conf.errors import UserError
 from conf.process import follow_parent
 from conf.schema import ReadConfig, SyntheticConfig
 from data.encode import batches, encode
+from data.encoder import Encoder, load_encoder
 from data.manifest import SPLITS, FileInfo
 from data.readers import Document, OnBad, read_unit
 from data.sources import Unit
-from data.tokenizer import Encoder, load_encoder, load_tokenizer
+from data.tokenizer import load_tokenizer
 from data.writer import Shard, ShardWriter, is_heldout
 
 PART_BYTES = 8 << 20  # of source text in a part

@@ -11,10 +11,10 @@ from contextlib import contextmanager
 from multiprocessing import get_context
 from typing import Any
 
+from data.encoder import Encoder
 from data.folder import Unfinished
 from data.parts import Job, Part, load_part, run_part, start_worker, work
 from data.sources import Unit
-from data.tokenizer import Encoder
 
 _POLL_SECONDS = 0.5
 _PARTS_PER_WORKER = 2  # a process is not worth its start for less

@@ -8,7 +8,6 @@ files read in `source.jsonl`.
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import logging
@@ -22,19 +21,21 @@ import numpy as np
 from conf.errors import UserError
 from conf.schema import DataConfig, ReadConfig, SyntheticConfig, TokenizerConfig
 from data.encode import check_encodable
+from data.encoder import load_encoder
+from data.existing import SKIPPED_FILE, existing, settings_of, warn_if_changed
 from data.folder import clear, exclusive_sibling, publish
 from data.manifest import MANIFEST_FILE, SPLITS, FileInfo, Manifest, load_manifest, save_manifest, sha256_of
-from data.origin import SOURCE_FILE, changes, describe, save_list
+from data.origin import SOURCE_FILE, describe, save_list
 from data.parts import Job, Part, clear_records, group, part_bytes
 from data.pool import run_parts
 from data.readers import read_unit
 from data.sources import SYNTHETIC, SourceFile, Unit, cut, hash_order, list_files
-from data.tokenizer import Tokenizer, load_encoder, load_tokenizer, train_tokenizer
+from data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from data.writer import is_heldout, write_split
 
 log = logging.getLogger(__name__)
 
-SKIPPED_FILE, PLAN_FILE = "skipped.jsonl", "plan.json"
+PLAN_FILE = "plan.json"
 TOKENIZER_FOLDER = "tokenizer"
 
 
@@ -66,13 +67,13 @@ def prepare(
     if not 0 <= heldout < 1:
         raise UserError(f"heldout={heldout}: must be at least 0 and below 1")
     read, synthetic = read or ReadConfig(), synthetic or SyntheticConfig()
-    settings = _settings(source, heldout, tokenizer, read, synthetic)
-    if (ready := _existing(out, settings, read)) is not None:
-        _warn_if_changed(out, source, read, synthetic)
+    settings = settings_of(source, heldout, tokenizer, read, synthetic)
+    if (ready := existing(out, settings, read)) is not None:
+        warn_if_changed(out, source, read, synthetic)
         return ready
     files = list_files(source, read, synthetic)
     with exclusive_sibling(out) as tmp:
-        if (ready := _existing(out, settings, read)) is not None:  # another process was faster
+        if (ready := existing(out, settings, read)) is not None:  # another process was faster
             return ready
         units = cut(files, part_bytes(sum(file.bytes for file in files)), read, synthetic)
         _continue_or_clear(tmp, settings | describe(files), units)
@@ -125,57 +126,6 @@ def prepare_sets(data: DataConfig, progress: bool = True) -> dict[str, Manifest]
                 f"them anew with tokenizer.path={Path(data.sets[first_name].path) / TOKENIZER_FOLDER}"
             )
     return manifests
-
-
-def _settings(
-    source: str, heldout: float, tokenizer: TokenizerConfig, read: ReadConfig, synthetic: SyntheticConfig
-) -> dict[str, Any]:
-    """What decides the content. Of `read` and `synthetic`, what differs from the defaults."""
-    settings: dict[str, Any] = {"source": source, "heldout": heldout}
-    if tokenizer.path:
-        settings["tokenizer.path"] = tokenizer.path
-    else:
-        settings["tokenizer.train_vocab_size"] = tokenizer.train_vocab_size
-        settings["tokenizer.train_chars"] = tokenizer.train_chars
-    for name, config, default in (("read", read, ReadConfig()), ("synthetic", synthetic, SyntheticConfig())):
-        for key, value in dataclasses.asdict(config).items():
-            if value != getattr(default, key) and key != "on_error":
-                settings[f"{name}.{key}"] = value
-    return settings
-
-
-def _existing(out: Path, settings: dict[str, Any], read: ReadConfig) -> Manifest | None:
-    """The manifest of a complete `out`; None if there is nothing yet. UserError if `out` is something else."""
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
-        return None
-    if not (out / MANIFEST_FILE).is_file():
-        raise UserError(f"{out} exists and is not a prepared data set; choose another `out`")
-    manifest = load_manifest(out)
-    keys = sorted(settings.keys() | manifest.settings.keys())
-    differ = [
-        f"{key} was {manifest.settings.get(key, 'not given')}, now {settings.get(key, 'not given')}"
-        for key in keys
-        if settings.get(key) != manifest.settings.get(key)
-    ]
-    if differ:
-        raise UserError(f"{out} was prepared with other settings ({'; '.join(differ)}); choose another `out`")
-    if read.on_error == "fatal" and manifest.skipped:
-        count = sum(manifest.skipped.values())
-        raise UserError(f"{out} was prepared with {count} bad records skipped (see {out / SKIPPED_FILE}), which "
-                        "read.on_error=fatal forbids; repair the source and choose another `out`")  # fmt: skip
-    return manifest
-
-
-def _warn_if_changed(out: Path, source: str, read: ReadConfig, synthetic: SyntheticConfig) -> None:
-    try:
-        differ = changes(list_files(source, read, synthetic), out)
-    except UserError:
-        return  # the source is gone, and not needed any more
-    if differ:
-        log.warning(
-            "%s was made from another state of %s: %s; it is used as it is (delete it to make it anew)",
-            out, source, differ,
-        )  # fmt: skip
 
 
 def _continue_or_clear(tmp: Path, settings: dict[str, Any], units: list[Unit]) -> None:

@@ -6,17 +6,16 @@ A file that cannot be read to its end (a damaged archive) is a UserError: how mu
 
 from __future__ import annotations
 
-import gzip
 import json
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from conf.errors import UserError
 from conf.schema import ReadConfig
 from data.cutting import parquet_file
+from data.lines import read_lines
 from data.sources import SourceFile, Unit, repository_files
 
 OnBad = Callable[[str, str], None]
@@ -122,7 +121,7 @@ def _repository(file: SourceFile, read: ReadConfig, on_bad: OnBad) -> str:
 
 
 def _jsonl(unit: Unit, read: ReadConfig, on_bad: OnBad) -> Iterator[tuple[str, Any]]:
-    for number, line in enumerate(_lines(unit), unit.first):
+    for number, line in enumerate(read_lines(unit.file.path, unit.start, unit.stop), unit.first):
         if not line.strip():
             continue
         place = f"{unit.file.name}:{number}"
@@ -132,72 +131,6 @@ def _jsonl(unit: Unit, read: ReadConfig, on_bad: OnBad) -> Iterator[tuple[str, A
             on_bad(place, "not valid UTF-8")
         except (json.JSONDecodeError, RecursionError):
             on_bad(place, "not valid JSON")
-
-
-def _lines(unit: Unit) -> Iterator[bytes]:
-    path = unit.file.path
-    try:
-        with _open(path) as lines:
-            lines.seek(unit.start)
-            left = unit.stop - unit.start
-            for line in lines:
-                yield line
-                left -= len(line)
-                if unit.stop and left <= 0:
-                    return
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise UserError(f"{path}: damaged archive ({str(error).rstrip('.')}); make it anew") from error
-
-
-def _open(path: Path) -> IO[bytes]:
-    if path.suffix == ".gz":
-        return gzip.open(path, "rb")  # type: ignore[return-value]
-    if path.suffix == ".zst":
-        return _ZstdLines(path)  # type: ignore[return-value]
-    return path.open("rb")
-
-
-class _ZstdLines:
-    """Lines of a .zst file. A stream that ends inside a frame is an EOFError: zstandard itself says nothing."""
-
-    def __init__(self, path: Path) -> None:
-        self._file = path.open("rb")
-
-    def __enter__(self) -> _ZstdLines:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._file.close()
-
-    def seek(self, offset: int) -> None:
-        assert offset == 0
-
-    def __iter__(self) -> Iterator[bytes]:
-        rest = b""
-        for block in self._blocks():
-            *lines, rest = (rest + block).split(b"\n")
-            yield from (line + b"\n" for line in lines)
-        if rest:
-            yield rest
-
-    def _blocks(self) -> Iterator[bytes]:
-        import zstandard
-
-        inside, decoder = False, zstandard.ZstdDecompressor().decompressobj()
-        try:
-            while data := self._file.read(1 << 18):
-                while data:
-                    inside = True
-                    yield decoder.decompress(data)
-                    data = decoder.unused_data
-                    if decoder.eof:
-                        inside, decoder = False, zstandard.ZstdDecompressor().decompressobj()
-                    else:
-                        data = b""
-        except zstandard.ZstdError as error:
-            raise EOFError(str(error)) from error
-        if inside:
-            raise EOFError("it ends inside a frame")
 
 
 def _parquet(unit: Unit, read: ReadConfig, on_bad: OnBad) -> Iterator[tuple[str, Any]]:

@@ -13,9 +13,9 @@ from itertools import pairwise
 
 from conf.errors import UserError
 from conf.schema import SyntheticConfig
+from data.encoder import Encoder
 from data.readers import Document
 from data.sources import Unit
-from data.tokenizer import Encoder
 
 STREAM = "train"  # the first part of every seed here; evaluation's begin otherwise
 FULL = 0.97  # of the length: a document this long is not tried larger again

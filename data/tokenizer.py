@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from conf.errors import UserError
+from data.encoder import Encoder, model_state
 
 SENTENCEPIECE_FILE = "tokenizer.model"
 
@@ -32,40 +33,6 @@ _PROBES = (
     "a",
     "naïve café, Ⅷ ﬁ Å 日本語 🙂👩‍👩‍👧",
 )
-
-
-class Encoder:
-    """What tokenising documents needs: a `tokenizers` backend and the id that ends a document."""
-
-    def __init__(self, backend: Any, eos_id: int) -> None:
-        """`backend`: a `tokenizers.Tokenizer`, owned by this object."""
-        self.eos_id = eos_id
-        self._backend = backend
-        self._backend.encode_special_tokens = True  # text is text, whatever it spells
-        self._backend.no_padding()
-        self._backend.no_truncation()
-
-    def encode(self, text: str) -> list[int]:
-        """Token ids of `text`, without special tokens."""
-        return self.encode_batch([text])[0]
-
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of each text, without special tokens; texts are spread over the CPU cores."""
-        self._backend.encode_special_tokens = True  # transformers' own calls on the backend may have reset it
-        return [e.ids for e in self._backend.encode_batch_fast(list(texts), add_special_tokens=False)]
-
-    def encode_rendered(self, texts: Sequence[str]) -> list[list[int]]:
-        """As `encode_batch`, for texts made by a chat template: control tokens spelt in them count as such."""
-        self._backend.encode_special_tokens = False
-        try:
-            return [e.ids for e in self._backend.encode_batch_fast(list(texts), add_special_tokens=False)]
-        finally:
-            self._backend.encode_special_tokens = True
-
-    @property
-    def model_fingerprint(self) -> str:
-        """sha256 of the backend's vocabulary, merges, normaliser and pre-tokeniser."""
-        return hashlib.sha256(json.dumps(_model_state(self._backend), sort_keys=True).encode("utf-8")).hexdigest()
 
 
 class Tokenizer(Encoder):
@@ -93,7 +60,7 @@ class Tokenizer(Encoder):
     @property
     def fingerprint(self) -> str:
         """sha256 of everything that decides which ids a text gets; survives saving and loading."""
-        parts = _model_state(self._backend) | {"special": [self.bos_id, self.eos_id]}
+        parts = model_state(self._backend) | {"special": [self.bos_id, self.eos_id]}
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode("utf-8")).hexdigest()
 
     def save(self, folder: Path) -> None:
@@ -107,23 +74,6 @@ class Tokenizer(Encoder):
             config_path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         if self._sentencepiece is not None:
             (folder / SENTENCEPIECE_FILE).write_bytes(self._sentencepiece)
-
-
-def _model_state(backend: Any) -> dict[str, Any]:
-    state = json.loads(backend.to_str())
-    parts = {key: state.get(key) for key in ("model", "normalizer", "pre_tokenizer")}
-    parts["added"] = sorted((t["id"], t["content"]) for t in state.get("added_tokens", []))
-    return parts
-
-
-def load_encoder(folder: Path, eos_id: int) -> Encoder:
-    """The encoder of a folder written by `Tokenizer.save`, without transformers: seconds faster to start.
-
-    A tokenizer class may do more than its tokenizer.json: compare `model_fingerprint` first.
-    """
-    from tokenizers import Tokenizer as Backend
-
-    return Encoder(Backend.from_file(str(folder / "tokenizer.json")), eos_id)
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
