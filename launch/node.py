@@ -1,7 +1,7 @@
 """One machine's workers of a run on several: `python -m launch.node RUN STAGE NODE_RANK MASTER [--control]`.
 
-`launch=slurm` and `launch=hostfile` start this on every machine; STAGE `-` means: whatever is next. NODE_RANK `-`
-takes SLURM_NODEID. With --control, standard input is a line to the one who started it: each line names a signal to
+`launch=slurm` and `launch=hostfile` start this on every machine. NODE_RANK `-` takes SLURM_NODEID.
+With --control, standard input is a line to the one who started it: each line names a signal to
 pass on, and its end means that he is gone.
 """
 
