@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: quickstart test lint format clean
+.PHONY: quickstart test soak lint format clean
 
 quickstart: $(VENV)/.installed  ## install, train a small MoBA model on real text, evaluate it, write the report
 	$(BIN)/moba train recipe=quickstart out=runs/quickstart
@@ -17,6 +17,10 @@ test: $(VENV)/.installed-dev  ## lint, types and the test suite
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+
+soak: $(VENV)/.installed-dev  ## 2,000 steps on two processes, 50 kills: minutes, and not part of `make test`
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.soak
+	LONGMOBA_KILLS=50 $(BIN)/python -m pytest tests/train/test_saver.py
 
 lint: $(VENV)/.installed-dev  ## style and types only
 	$(BIN)/ruff check .

@@ -9,6 +9,7 @@ sampled; they must not grow after the first stage, and nothing may be left when 
 from __future__ import annotations
 
 import json
+import random
 import statistics
 import sys
 import tempfile
@@ -50,8 +51,10 @@ def quarter(rows: list[Any], index: int) -> list[Any]:
 def main(steps: int) -> int:
     folder = Path(tempfile.mkdtemp(prefix="soak-"))
     (folder / "text").mkdir()
+    draw = random.Random(0)
+    words = [f"{a}{b}{c}" for a in "bdkmt" for b in "aeiou" for c in "lnrs"]
     for i in range(60):
-        (folder / "text" / f"{i}.txt").write_text(" ".join(f"w{(i * j) % 97}" for j in range(300)))
+        (folder / "text" / f"{i}.txt").write_text(" ".join(draw.choice(words) for _ in range(300)))
     from data.prepare import prepare
 
     prepare(folder / "set", str(folder / "text"), 0.2, TokenizerConfig(train_vocab_size=320), progress=False)
