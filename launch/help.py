@@ -36,8 +36,8 @@ def show(command: Command) -> None:
     out.print("\n[bold]Keys[/] (Hydra: key=value sets, +key=value adds to a dict, ~key removes; list: key=[1,2])")
     table = Table(box=None, padding=(0, 2), show_edge=False)
     for column in ("key", "type", "default", ""):
-        table.add_column(column, overflow="fold")
-    for doc in walk(ROOTS[command.name]):
+        table.add_column(column, overflow="fold", no_wrap=column == "key")
+    for doc in walk(ROOTS[command.root]):
         table.add_row(*(escape(text) for text in (doc.key, doc.type, doc.default, doc.comment)))
     out.print(Padding(table, (0, 0, 0, 2)))
 

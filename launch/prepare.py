@@ -50,7 +50,7 @@ Reads text, trains a tokenizer or takes an existing one, and writes a data set f
 data.sets.NAME.path of `moba train` can point to. A share of the documents is held out for evaluation. Killed half
 way, the same command goes on with what is finished.
 
-source is a folder or file (.txt .md .py; .jsonl, also .gz and .zst; .parquet; .arrow), a folder of code
+A source is a folder or file (.txt .md .py; .jsonl, also .gz and .zst; .parquet; .arrow), a folder of code
 repositories (read.repos=1: each folder in it is one document), hub:NAME (streamed from the Hugging Face hub), or
 synthetic (retrieval tasks made up). read.kind=chat takes conversations, with loss on the answers only.
 
