@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 from typing import TypeVar, cast
 
+import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -28,7 +29,12 @@ def load_train_config(path: Path) -> TrainConfig:
     """The resolved configuration of a run, from its `config.yaml`."""
     if not path.is_file():
         raise UserError(f"{path} does not exist: is this a run folder or a checkpoint made by `moba train`?")
-    return to_typed(OmegaConf.load(path), TrainConfig, str(path))
+    try:
+        raw = OmegaConf.load(path)
+    except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError, RecursionError, OSError) as error:
+        first = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        raise UserError(f"{path} is damaged or no plain YAML: {first}") from error
+    return to_typed(raw, TrainConfig, str(path))
 
 
 def save_config(config: object, path: Path, comment: str = "") -> None:

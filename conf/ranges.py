@@ -115,7 +115,7 @@ RANGES: dict[type, dict[str, Range]] = {
     },
     s.CheckpointConfig: {"every": _ZERO_OR_MORE, "keep": _COUNT},
     s.TrainEvalConfig: dict.fromkeys(("every", "tokens"), _ZERO_OR_MORE),
-    s.TrainConfig: {"seed": _ZERO_OR_MORE, "max_steps": _COUNT},
+    s.TrainConfig: {"seed": Range(0, 2**63 - 1), "max_steps": _COUNT},
     s.PrepareConfig: {"heldout": _BELOW_ONE, "workers": _ZERO_OR_MORE},
     s.LossSuiteConfig: {**dict.fromkeys(("seq_len", "bucket", "trailing"), _ZERO_OR_MORE), "tokens": _COUNT},
     s.RulerConfig: {"samples": _COUNT, "seed": _ZERO_OR_MORE},

@@ -33,6 +33,8 @@ def resolve(overrides: Sequence[str]) -> TrainConfig:
 
 def run(config: TrainConfig) -> int:
     """Train, or go on training, the run in `config.out`. Returns the exit code."""
+    if not config.out:
+        raise UserError("out is empty: give the folder of the run, as out=runs/x")
     validate(config, config.launch.world)
     begin = starter(config.launch)
     paths = RunPaths(Path(config.out))
