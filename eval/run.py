@@ -57,10 +57,10 @@ def run(config: EvalConfig) -> dict[str, Any]:
         return _report_only([Path(path) for path in paths], out)
     if not _several(config):
         return _evaluate(_prepare(config, paths[0], out))
-    folders = {path: out / f"{number}-{_slug(path)}" for number, path in enumerate(paths, 1)}
-    works = {path: _prepare(config, path, folder) for path, folder in folders.items()}
-    results = {folders[path].name: _evaluate(work) for path, work in works.items()}
-    report = write_comparison(out, list(folders.values()))
+    folders = [out / f"{number}-{_slug(path)}" for number, path in enumerate(paths, 1)]
+    works = [_prepare(config, path, folder) for path, folder in zip(paths, folders, strict=True)]
+    results = {folder.name: _evaluate(work) for folder, work in zip(folders, works, strict=True)}
+    report = write_comparison(out, folders)
     tables.say(f"comparison: {report}")
     return results
 
