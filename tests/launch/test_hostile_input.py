@@ -1,4 +1,4 @@
-"""Input nobody meant: random overrides, YAML and files end in one line and a non-zero code, never in a traceback."""
+"""Input nobody meant: random overrides, YAML and files end in one line and code 2, never in a traceback."""
 
 from __future__ import annotations
 

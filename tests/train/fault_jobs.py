@@ -58,6 +58,15 @@ def faulty(config: TrainConfig, fault: str, at: int, sp: int = 1) -> dict[str, A
     return result | {"said": said.getvalue()}
 
 
+def stage_on(config: TrainConfig, name: str) -> int:
+    """`run_stage` with the sequence parallelism of the configuration."""
+    from train import run
+    from train.engine import init_distributed
+
+    with contextlib.redirect_stdout(io.StringIO()):
+        return run.run_stage(config, name, init_distributed(config.mesh.sequence_parallel))
+
+
 def state_of(config: TrainConfig, step: int) -> dict[str, Any]:
     path = RunPaths(Path(config.out)).checkpoints / checkpoint_name(step) / "state.json"
     state: dict[str, Any] = json.loads(path.read_text())
@@ -88,4 +97,4 @@ def stalled(config: TrainConfig, how: str) -> None:
     run.run_stage(config, "short", mesh)
 
 
-__all__ = ["FAULTS", "faulty", "jobs", "stalled", "state_of"]
+__all__ = ["FAULTS", "faulty", "jobs", "stage_on", "stalled", "state_of"]
