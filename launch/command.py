@@ -25,6 +25,11 @@ class Command:
     resolve: Callable[[Sequence[str]], Any]
     run: Callable[[Any], int]
 
+    @property
+    def root(self) -> str:
+        """Its root in `conf.schema.ROOTS`, and its file in conf/."""
+        return self.name.replace(" ", "_")
+
 
 def console() -> Console:
     """Console on stdout; output into files and pipes is wide enough for one key per line."""

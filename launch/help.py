@@ -43,7 +43,7 @@ def show(command: Command) -> None:
 
 
 def _groups(command: Command) -> None:
-    groups = root_groups(command.name)
+    groups = root_groups(command.root)
     if not groups:
         return
     out = console()

@@ -21,8 +21,11 @@ from launch.stages import Progress
 # Processes, ZeRO stage and micro-batches only reorder floating-point sums; a data set that moved is
 # recognised by its fingerprint.
 ZERO = "engine.zero_stage"
-FREE = ("out", "max_steps", "dry_run", "resume", "launch", "guard", "metrics", "checkpoint", "eval", "mesh", ZERO)
-FREE_IN_STAGE = ("micro_batch", "attention.backend")
+FREE = (
+    "out", "max_steps", "dry_run", "resume", "launch", "guard", "metrics", "checkpoint", "eval", "mesh", ZERO,
+    "data.workers",
+)  # fmt: skip
+FREE_IN_STAGE = ("micro_batch", "attention.backend", "data.balance")
 # What `resume.allow` can name: parts of a stage, and the optimizer's settings. The rest decides what was trained.
 ALLOWED = ("attention", "rope", "lr", "optim")
 LOCK_SECONDS = 20.0  # workers of a launcher that was just killed need a moment to leave
