@@ -7,12 +7,12 @@ from collections.abc import Sequence
 
 from conf.constants import EXIT_USER_ERROR
 from conf.errors import UserError
-from launch import bench, evaluate, export, import_hf, prepare, train
+from launch import bench, bench_loader, evaluate, export, import_hf, prepare, train
 from launch.command import Command, complain
 from launch.help import overview, show
 from launch.packages import check_packages
 
-_MODULES = (train, prepare, import_hf, export, evaluate, bench)
+_MODULES = (train, prepare, import_hf, export, evaluate, bench, bench_loader)
 COMMANDS: dict[str, Command] = {module.COMMAND.name: module.COMMAND for module in _MODULES}
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 
@@ -38,6 +38,8 @@ def _dispatch(arguments: list[str]) -> int:
         overview(list(COMMANDS.values()))
         return 0
     name, *rest = arguments
+    if rest and f"{name} {rest[0]}" in COMMANDS:
+        name, rest = f"{name} {rest[0]}", rest[1:]
     command = COMMANDS.get(name)
     if command is None:
         raise UserError(f"unknown command {name}: there are {', '.join(COMMANDS)} (moba --help)")
