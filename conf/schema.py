@@ -493,6 +493,7 @@ class BenchConfig:
     documents: int = 1  # packed documents per row; dense attention is timed for 1 only
     routing: str = "uniform"  # uniform | clustered | sink: how the random inputs make the gate choose
     dense: bool = True  # time dense attention beside it
+    rule: bool = False  # measure where the union path beats the routed one, and store that rule
     flash_up_to: int = 131_072  # tokens up to which the flash backend is timed too
     out: str = ""  # JSON file; empty: only the table
     plot: bool = True  # a PNG beside the JSON

@@ -30,10 +30,15 @@ COMMAND = Command(
     text="""
 moba bench attention: every row is first checked against exact samples, then timed forward and backward beside
 cuDNN and flash attention. Prints a table; out=FILE.json writes it, with a picture beside.
+
+rule=true measures the two exact paths (routed and union) over a grid of densities and block sizes and rewrites the
+stored rule that picks one per shape, model/moba/triton_rule.json (out=FILE.json: another file). rows= replaces the
+grid; documents= packs the rows.
 """,
     examples=(
         "moba bench attention",
         "moba bench attention rows=[32768/32/8/128/512/3] routing=sink",
+        "moba bench attention rule=true",
         "moba bench attention out=benchmarks/results/attention-h200.json",
     ),
     resolve=resolve,

@@ -6,9 +6,7 @@ scaled_dot_product_attention with the cuDNN backend, and for shorter rows also w
 
 from __future__ import annotations
 
-import datetime
-import subprocess
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +15,7 @@ import torch
 from torch import Tensor
 
 from conf.errors import UserError
+from eval.bench.environment import environment
 from eval.bench.shapes import OFFICIAL, Shape, parse_shape
 
 if TYPE_CHECKING:
@@ -41,13 +40,17 @@ def run(config: BenchConfig) -> Path | None:
     """
     if not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9:
         raise UserError("bench attention needs a Hopper GPU (H100, H200): the kernels run on no other")
+    if config.rule:
+        from eval.bench.rule import refresh
+
+        return refresh(config)
     shapes = [parse_shape(text) for text in config.rows] or list(OFFICIAL)
     name = torch.cuda.get_device_name()
     print(f"{name}, torch {torch.__version__}; {config.routing} routing, {config.documents} document(s) per row")
     print("rows up to 32768 tokens: both sides in a CUDA graph (column eager: without)\n" + _HEAD, flush=True)
     dense: dict[tuple[int, ...], tuple[Timed, Timed | None]] = {}
     rows = [_row(shape, config, dense) for shape in shapes]
-    report = {**_environment(name), "rows": rows}
+    report = {**environment(name), "rows": rows}
     if not config.out:
         return None
     from eval.files import write_json
@@ -152,21 +155,3 @@ def _own_pairs(length: int, block_size: int) -> int:
     """(query, key) pairs inside the blocks of one document."""
     full, rest = divmod(length, block_size)
     return full * block_size * (block_size + 1) // 2 + rest * (rest + 1) // 2
-
-
-def _environment(gpu: str) -> dict[str, str]:
-    import triton
-
-    command: Sequence[str] = ("git", "rev-parse", "HEAD")
-    try:
-        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
-        commit = done.stdout.strip() if done.returncode == 0 else ""
-    except OSError:
-        commit = ""
-    return {
-        "gpu": gpu,
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "commit": commit or "unknown",
-        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
-    }

@@ -8,14 +8,15 @@ error is at most twice that of the same computation written with bf16 torch oper
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from eval.bench.inputs import Inputs
+from model.moba import triton_op, triton_union, triton_union_backward
 from model.moba.blocks import BlockTable, build_block_table
 from model.moba.triton_gate import choose
-from model.moba.triton_op import backward_pass, forward_pass
 from model.moba.triton_plan import default_budget
 
 QUERIES = 48  # sampled (token, head)
@@ -30,25 +31,40 @@ class CheckFailed(RuntimeError):
     """The kernels disagree with the oracle; nothing is timed."""
 
 
-def check(x: Inputs, seed: int = 0) -> tuple[dict[str, float], int]:
+def check(x: Inputs, seed: int = 0, path: Literal["routed", "union"] = "routed") -> tuple[dict[str, float], int]:
     """Errors relative to the norm of the exact values, and the number of (query, head, past block) pairs.
+
+    Args:
+        path: which of the exact paths (see `model.moba.triton_rule`).
 
     Raises:
         CheckFailed: naming what differs and by how much.
     """
     shape = x.shape
-    q, k, v = x.q.detach(), x.k.detach(), x.v.detach()
+    q, k = x.q.detach(), x.k.detach()
     table = build_block_table(x.cu_seqlens, shape.seq_len, shape.block_size)
     scale = shape.head_dim**-0.5
     ids = choose(q, k, table, min(shape.topk - 1, table.max_past))
-    budget = default_budget(shape.seq_len, shape.num_heads, shape.num_kv_heads, shape.head_dim, q.element_size())
-    out, lse2, lists = forward_pass(q, k, v, ids, table, scale, budget)
-    dq, dk, dv = backward_pass(q, k, v, ids, out, lse2, x.dout, table, scale, budget, lists)
-    del lists
+    out, lse2, (dq, dk, dv) = _passes(x, ids, table, scale, path)
     generator = torch.Generator().manual_seed(seed)
     errors = _queries(x, ids, table, out, lse2, dq, generator)
     errors |= _keys(x, ids, table, out, lse2, dk, dv, generator)
     return errors, int((ids >= 0).sum())
+
+
+def _passes(
+    x: Inputs, ids: Tensor, table: BlockTable, scale: float, path: str
+) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor, Tensor]]:
+    """out, lse2 and (dq, dk, dv) of the kernels of one path."""
+    q, k, v = x.q.detach(), x.k.detach(), x.v.detach()
+    if path == "union":
+        out, lse2, found = triton_union.forward_pass(q, k, v, ids, table, scale)
+        return out, lse2, triton_union_backward.backward_pass(q, k, v, out, lse2, x.dout, table, scale, found)
+    T, H, D = q.shape
+    budget = default_budget(T, H, k.shape[1], D, q.element_size())
+    out, lse2, lists = triton_op.forward_pass(q, k, v, ids, table, scale, budget)
+    grads = triton_op.backward_pass(q, k, v, ids, out, lse2, x.dout, table, scale, budget, lists)
+    return out, lse2, grads
 
 
 def _queries(

@@ -70,11 +70,11 @@ class Choice:
 
 
 def density(seq_len: int, block_size: int, topk: int) -> float:
-    """Selected (query, key) pairs over causal pairs of one document; every query finds topk - 1 blocks if it can."""
+    """Selected (query, key) pairs over causal pairs of one document in which no query leaves a slot empty."""
     full, rest = divmod(seq_len, block_size)
     own = full * block_size * (block_size + 1) // 2 + rest * (rest + 1) // 2
     few = min(topk - 1, full)
-    past = block_size * (few * (few - 1) // 2 + (full - few) * few) + rest * few  # of blocks 0, 1, ... and the rest
+    past = block_size * (few * (few - 1) // 2 + (full - few) * few) + rest * few  # full blocks, then the rest
     return (own + past * block_size) / (seq_len * (seq_len + 1) // 2)
 
 

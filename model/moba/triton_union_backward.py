@@ -117,7 +117,9 @@ def _union_dq_kernel(
     tl.store(dq_ptr + at, (dq * softmax_scale).to(dq_ptr.dtype.element_ty), mask=live[:, None])
 
 
-@triton.jit(do_not_specialize=["padded_sums", "padded_tokens", "H", "planes", "num_blocks", "num_subs", "capacity"])
+@triton.jit(
+    do_not_specialize=["padded_sums", "padded_tokens", "H", "planes", "num_blocks", "num_subs", "capacity"]
+)
 def _union_dkv_kernel(
     q_desc,
     dout_desc,

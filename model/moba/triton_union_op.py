@@ -1,7 +1,8 @@
 """The union path as one differentiable operation, with the arguments and results of `triton_op.attend`.
 
-Saved for the backward pass: q, k, v, out, lse and the membership words (4 bytes per 32 blocks and row). No host
-synchronisation, no floating-point atomics: repeated runs give equal bits, and a CUDA graph can capture both passes.
+Saved for the backward pass: q, k, v, out, lse and the membership words (4 bytes per 32 blocks and row). No
+host synchronisation, no floating-point atomics: repeated runs give equal bits, and a CUDA graph can capture both
+passes.
 
 Shape legend: triton_common.py.
 """

@@ -22,6 +22,8 @@ from model.moba import triton_backward_kv as backward_kv
 from model.moba import triton_common as common
 from model.moba import triton_forward as forward
 from model.moba import triton_gate as gate
+from model.moba import triton_union as union
+from model.moba import triton_union_backward as union_backward
 
 HOPPER = GPUTarget("cuda", 90, 32)
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
@@ -35,7 +37,7 @@ def _type(name: str, half_rows: dict[str, int], dim: int) -> str:
     if name.endswith("_desc"):
         if stem in HALF:
             return f"tensordesc<bf16[{half_rows[stem]}, {dim}]>"
-        return f"tensordesc<fp32[{half_rows['rows']}]>"
+        return f"tensordesc<{'i32' if stem == 'word' else 'fp32'}[{half_rows['rows']}]>"
     if name.endswith("_ptr"):
         float_like = stem in FLOAT or "lse" in stem or "delta" in stem
         return "*bf16" if stem in HALF else "*fp32" if float_like else "*i32"
@@ -102,6 +104,11 @@ def jobs(dim: int, block_size: int) -> list[tuple[str, Any, dict[str, Any], comm
     if block_size == 512:
         means = {"G": 4, "GROUP": 4, "TOKENS": 16, "COLS": tiles.gate.keys, "SLOTS": 8, "LOW": True, **shape}
         found.append(("gate", gate._gate_kernel, means, tiles.gate))
+        tile = union.tiles_for(dim, block_size)
+        found.append(("union", union._union_kernel, {**pairs(tile.forward), "G": 4}, tile.forward))
+        found.append(("union_dq", union_backward._union_dq_kernel, {**pairs(tile.dq), "G": 4}, tile.dq))
+        keys = {**tokens(tile.dkv), "STAGES": tile.dkv.stages}
+        found.append(("union_dkv", union_backward._union_dkv_kernel, keys, tile.dkv))
     return [(f"{name} {dim} {block_size}", kernel, constants, tile) for name, kernel, constants, tile in found]
 
 
