@@ -11,8 +11,9 @@ import torch
 
 from conf.errors import UserError
 from conf.schema import GenerateConfig
-from eval.harness import MOBA_PAPER, harness_model, run_tasks, score_rows, task_shots
+from eval.harness import MOBA_PAPER, harness_model, run_tasks, task_shots
 from eval.load import Loaded, load_model
+from eval.row_scores import score_rows
 from model.schedule import LayerPlan, full_plans
 from tests.eval.build import Small
 
@@ -82,6 +83,8 @@ def ours(loaded: Loaded, plans: tuple[LayerPlan, ...] = FULL) -> Any:
 
 @pytest.fixture(scope="module")
 def theirs(small: Small, tasks: Path) -> Any:
+    pytest.importorskip("accelerate", reason="lm-eval's hf model needs accelerate")
+    pytest.importorskip("peft", reason="lm-eval's hf model needs peft")
     from lm_eval.models.huggingface import HFLM
 
     return HFLM(pretrained=str(small.hf), device="cpu", dtype="float32", batch_size=4)
