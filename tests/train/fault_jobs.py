@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -67,6 +68,25 @@ def stage_on(config: TrainConfig, name: str) -> int:
         return run.run_stage(config, name, init_distributed(config.mesh.sequence_parallel))
 
 
+def stage_with_little_disk(config: TrainConfig, rank: int, limit: int) -> str:
+    """`stage_on` for stage `short`, where `rank` can write no file above `limit` bytes; the SaveError's text."""
+    import resource
+    import signal
+
+    from train.checkpoint import SaveError
+
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if int(os.environ["RANK"]) == rank:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+    try:
+        return f"code {stage_on(config, 'short')}"
+    except SaveError as error:
+        return str(error)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
 def state_of(config: TrainConfig, step: int) -> dict[str, Any]:
     path = RunPaths(Path(config.out)).checkpoints / checkpoint_name(step) / "state.json"
     state: dict[str, Any] = json.loads(path.read_text())
@@ -75,7 +95,6 @@ def state_of(config: TrainConfig, step: int) -> dict[str, Any]:
 
 def stalled(config: TrainConfig, how: str) -> None:
     """Rank 1 stops moving in step 2: `data` hangs in the loader, `frozen` as by SIGSTOP. Ends the process."""
-    import os
     import signal
 
     from train import run

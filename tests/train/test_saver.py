@@ -14,7 +14,7 @@ from conf.load import save_config
 from conf.paths import RunPaths
 from launch.packages import ROOT
 from tests.gloo import GlooPool
-from tests.train import jobs
+from tests.train import fault_jobs, jobs
 from tests.train.test_run import rows_of
 
 KILLS = int(os.environ.get("LONGMOBA_KILLS", "8"))  # `make soak` asks for more
@@ -24,7 +24,7 @@ STEPS = 4 * KILLS + 20
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_kills_lose_nothing(pool1: GlooPool, prepared: Path, tmp_path: Path) -> None:
-    """SIGKILL at random moments, mostly while something is being saved: the rows of a run left alone, bit by bit."""
+    """SIGKILL at random moments, mostly during a save: the rows of a run left alone, bit for bit."""
     config = jobs.chain_config(str(tmp_path / "killed"), str(prepared))
     config.stages["short"].tokens = STEPS * 128
     config.eval.tokens, config.checkpoint.every = 0, 1
@@ -46,3 +46,21 @@ def test_kills_lose_nothing(pool1: GlooPool, prepared: Path, tmp_path: Path) -> 
     assert pool1(jobs.stage, config, "short") == [0]
     assert killed == rows_of(tmp_path / "alone", "train")
     assert not list(RunPaths(tmp_path / "killed").checkpoints.glob(".tmp-*"))
+
+
+@pytest.mark.parametrize("background", [True, False])
+@pytest.mark.parametrize("full", [0, 1])
+def test_a_full_disk_stops_all_ranks_with_one_line(
+    pool2: GlooPool, prepared: Path, tmp_path: Path, full: int, background: bool
+) -> None:
+    """Files on one rank's disk cannot grow: all stop alike, and the checkpoint before is what a resume finds."""
+    config = jobs.chain_config(str(tmp_path), str(prepared), zero_stage=1, max_steps=2)
+    config.checkpoint.background = background
+    assert pool2(fault_jobs.stage_on, config, "short") == [0, 0]
+    config.max_steps = None
+    said = pool2(fault_jobs.stage_with_little_disk, config, full, 5000)
+    assert said[0] == said[1] and "\n" not in said[0]
+    assert f"checkpoint not written: rank {full}: File too large" in said[0]
+    assert [path.name for path in RunPaths(tmp_path).checkpoints.glob("step-*")] == ["step-00000002"]
+    assert pool2(fault_jobs.stage_on, config, "short") == [0, 0]
+    assert [row["step"] for row in rows_of(tmp_path, "train")] == [1, 2, 3, 4, 5, 6]
