@@ -87,7 +87,6 @@ def _mesh(config: TrainConfig, world_size: int) -> None:
             f"use {_any_of(fits)}"
         )
 
-
     kv_heads = config.model.num_kv_heads
     if kv_heads % parallel and parallel % kv_heads:
         fits = [n for n in range(1, config.model.num_heads + 1) if _shares_heads(config.model, n)]
@@ -108,6 +107,7 @@ def _engine(config: TrainConfig) -> None:
         raise UserError(
             "engine.zero_stage=0 with engine.precision=bf16 trains with another optimizer (its bias correction "
             "starts one step late): use engine.zero_stage=1"
+        )
     engine = config.engine
     if engine.offload_checkpoints and engine.checkpointing == "none":
         raise UserError(
@@ -120,7 +120,6 @@ def _engine(config: TrainConfig) -> None:
         raise UserError(
             f"engine.offload_param=true with engine.zero_stage={engine.zero_stage}: use engine.zero_stage=3, or "
             "engine.offload_optimizer=true alone"
-        )
         )
 
 
