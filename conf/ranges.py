@@ -60,6 +60,11 @@ CHOICES: dict[tuple[type, str], tuple[str, ...]] = {
     (s.RulerConfig, "template"): ("base", "meta-chat", "vicuna-chat", "lwm-chat"),
     (s.EvalConfig, "suite"): ("all", "loss", "ruler", "needle", "gate", "lm_eval", "report"),
     (s.EvalConfig, "device"): ("auto", "cpu", "cuda"),
+    (s.BenchConfig, "name"): ("attention",),
+    (s.BenchConfig, "routing"): ("uniform", "clustered", "sink"),
+    (s.PlanConfig, "gpu"): ("a100", "h100", "h200", "b200"),
+    (s.StepBenchConfig, "parts"): ("after", "within", "none"),
+    (s.StepBenchConfig, "gpu"): ("auto", "a100", "h100", "h200", "b200"),
 }
 
 _COUNT = Range(1)
@@ -69,13 +74,13 @@ _FRACTION = Range(0, 1)
 _BELOW_ONE = Range(0, 1, open_high=True)
 
 RANGES: dict[type, dict[str, Range]] = {
+    s.LoaderBenchConfig: {"tokens_per_s": _COUNT, "limit": _FRACTION, "seconds": _POSITIVE},
     s.ModelConfig: {
         **dict.fromkeys(("vocab_size", "hidden_size", "intermediate_size", "num_layers"), _COUNT),
         **dict.fromkeys(("num_heads", "num_kv_heads"), _COUNT),
         **dict.fromkeys(("norm_eps", "init_std"), _POSITIVE),
         **dict.fromkeys(("head_dim", "key_conv"), _ZERO_OR_MORE),
     },
-    s.LoaderBenchConfig: {"tokens_per_s": _COUNT, "limit": _FRACTION, "seconds": _POSITIVE},
     s.RopeConfig: {
         "theta": Range(1, open_low=True),
         **dict.fromkeys(("low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow"), _POSITIVE),
@@ -93,22 +98,27 @@ RANGES: dict[type, dict[str, Range]] = {
     },
     s.LrConfig: {"peak": _POSITIVE, "min_ratio": _FRACTION, "warmup": _BELOW_ONE},
     s.StageConfig: dict.fromkeys(("seq_len", "tokens", "global_batch", "micro_batch"), _COUNT),
+    s.StageDataConfig: {"window": _COUNT},
+    s.DomainRule: dict.fromkeys(("min_length", "max_length"), _ZERO_OR_MORE),
     s.TokenizerConfig: {"train_vocab_size": Range(300), "train_chars": _COUNT},  # 256 bytes come first
     s.DataSetConfig: {"heldout": _BELOW_ONE},
+    s.DataConfig: {"workers": _ZERO_OR_MORE},
+    s.ReadConfig: {"repos": _ZERO_OR_MORE, "max_chars": _COUNT},
+    s.SyntheticConfig: {"documents": _COUNT, "seed": _ZERO_OR_MORE},
     s.OptimConfig: {
         **dict.fromkeys(("beta1", "beta2"), _BELOW_ONE),
         **dict.fromkeys(("weight_decay", "clip"), _ZERO_OR_MORE),
-    s.StageDataConfig: {"window": _COUNT},
-    s.DomainRule: dict.fromkeys(("min_length", "max_length"), _ZERO_OR_MORE),
         "eps": _POSITIVE,
     },
     s.EngineConfig: {"zero_stage": Range(0, 3), "mlp_tile": _ZERO_OR_MORE},
     s.MeshConfig: {"sequence_parallel": _COUNT},
-    s.DataConfig: {"workers": _ZERO_OR_MORE},
-    s.ReadConfig: {"repos": _ZERO_OR_MORE, "max_chars": _COUNT},
-    s.SyntheticConfig: {"documents": _COUNT, "seed": _ZERO_OR_MORE},
     s.SlurmConfig: dict.fromkeys(("cpus", "grace"), _ZERO_OR_MORE),
-    s.LaunchConfig: {"nproc": _COUNT, "nodes": _COUNT, "port": Range(1, 65_535), **dict.fromkeys(("threads", "timeout", "max_restarts"), _ZERO_OR_MORE)},
+    s.LaunchConfig: {
+        "nproc": _COUNT,
+        "nodes": _COUNT,
+        "port": Range(1, 65_535),
+        **dict.fromkeys(("threads", "timeout", "max_restarts"), _ZERO_OR_MORE),
+    },
     s.GuardConfig: {
         **dict.fromkeys(("spike_factor", "norm_factor", "limit"), _ZERO_OR_MORE),
         **dict.fromkeys(("window", "leave_out"), _COUNT),
@@ -122,7 +132,10 @@ RANGES: dict[type, dict[str, Range]] = {
     s.NeedleConfig: {"depths": _COUNT, "samples": _COUNT, "seed": _ZERO_OR_MORE},
     s.GenerateConfig: {"batch": _COUNT, "chunk": _ZERO_OR_MORE},
     s.LmEvalConfig: {"shots": Range(-1), "limit": _ZERO_OR_MORE, "max_length": _ZERO_OR_MORE},
+    s.BenchConfig: {"documents": _COUNT, "flash_up_to": _ZERO_OR_MORE},
     s.GateConfig: {"seq_len": _ZERO_OR_MORE, "queries": _COUNT},
+    s.PlanConfig: {"host_gib": _ZERO_OR_MORE},
+    s.StepBenchConfig: {"steps": _COUNT, "warmup": _ZERO_OR_MORE},
     s.EvalAttentionConfig: dict.fromkeys(("block_size", "topk"), _ZERO_OR_MORE),
 }
 
