@@ -54,7 +54,7 @@ def safetensors_parts(tensors: dict[str, Tensor]) -> list[bytes | memoryview]:
             "shape": list(tensor.shape),
             "data_offsets": [start, end],
         }
-        values.append(memoryview(tensor.detach().reshape(-1).view(torch.uint8).numpy()))
+        values.append(tensor.detach().reshape(-1).view(torch.uint8).numpy().data)
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)  # values start at a multiple of 8
     return [len(text).to_bytes(8, "little"), text, *values]

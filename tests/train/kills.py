@@ -1,7 +1,7 @@
 """A run killed with SIGKILL again and again: `python -m tests.train.kills CONFIG STAGE KILLS SEED`, JSON on stdout.
 
-One process imports everything, then forks each worker: a start costs a fraction of a second. Workers are killed at
-random moments after their first step; when KILLS of them have died, the run is left to itself until its end.
+One process imports everything, then forks each worker, which makes a start cheap. Workers are killed at random
+moments of their first steps; when KILLS of them have died, the run is left to itself until its end.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from conf.load import load_train_config
 from conf.paths import RunPaths
 from conf.schema import TrainConfig
 
-LONGEST_SECONDS = 0.2  # a worker lives at most so long after its first step
+MOST_STEPS, LONGEST_SECONDS = 8, 0.1  # a worker is killed after so many steps, and so long after that one
 
 
 def work(config: TrainConfig, stage: str, started: int) -> int:
-    """The worker: a whole `run_stage` on one rank. `started`: pipe that hears of the first step."""
+    """The worker: a whole `run_stage` on one rank. `started`: pipe that hears of every step."""
     import torch.distributed as dist
 
     from train import loop, run
@@ -35,18 +35,17 @@ def work(config: TrainConfig, stage: str, started: int) -> int:
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
     genuine = loop.train_step
 
-    def first_step(*args: object) -> object:
+    def told_step(*args: object) -> object:
         result = genuine(*args)  # type: ignore[arg-type]
         os.write(started, b".")
-        loop.train_step = genuine
         return result
 
-    loop.train_step = first_step  # type: ignore[assignment]
+    loop.train_step = told_step  # type: ignore[assignment]
     return run.run_stage(config, stage, init_distributed(1))
 
 
 def start(config: TrainConfig, stage: str) -> tuple[int, int]:
-    """(process id of a forked worker, pipe that hears of its first step)."""
+    """(process id of a forked worker, pipe that hears of its steps)."""
     hear, tell = os.pipe()
     pid = os.fork()
     if pid:
@@ -79,7 +78,7 @@ def main(config_path: str, stage: str, kills: str, seed: str) -> None:
     steps, left_over, died = [], 0, 0
     while died < int(kills):
         pid, pipe = start(config, stage)
-        if os.read(pipe, 1):
+        if all(os.read(pipe, 1) for _ in range(draw.randint(1, MOST_STEPS))):
             time.sleep(draw.uniform(0, LONGEST_SECONDS))
             os.kill(pid, signal.SIGKILL)
         _, status = os.waitpid(pid, 0)
@@ -90,7 +89,7 @@ def main(config_path: str, stage: str, kills: str, seed: str) -> None:
         died += 1
         steps.append(newest(run))
         left_over += any(run.checkpoints.glob(".tmp-*"))
-    pid, pipe = start(config, stage)
+    pid, _ = start(config, stage)
     _, status = os.waitpid(pid, 0)
     print(json.dumps({"kills": died, "newest": steps, "torn": left_over, "status": status}))
 
