@@ -71,8 +71,24 @@ def examine(label: str, kernel: Any, constants: dict[str, Any], tile: common.Til
         "warps": tile.warps,
         "hopper_mma": code.count("HGMMA"),
         "old_mma": len(re.findall(r"[^G]HMMA", code)),
+        "loop_spills": _loop_spills(code),
         "float_atomics": len(re.findall(r"\b(?:RED|ATOM|ATOMG)\.\S*(?:F32|F16|BF16)", code)),
     }
+
+
+def _loop_spills(code: str) -> int:
+    """Loads and stores of spilled registers in the innermost loops around matrix instructions; the most of any."""
+    lines = [(int(a, 16), text) for a, text in re.findall(r"/\*([0-9a-f]{4,5})\*/\s+(.*?);", code)]
+    loops = []
+    for at, text in lines:
+        back = re.search(r"\bBRA(?:\.\S+)?\s.*?(0x[0-9a-f]+)", text)
+        if back is not None and int(back[1], 16) < at:
+            body = [t for a, t in lines if int(back[1], 16) <= a <= at]
+            # code behind the program's end jumps back where a wait had to be repeated: no loop of ours
+            if any("HGMMA" in t for t in body) and not any("EXIT" in t for t in body):
+                loops.append((int(back[1], 16), at, sum(bool(re.search(r"\b(?:LDL|STL)", t)) for t in body)))
+    inner = [x for x in loops if not any(y != x and x[0] <= y[0] and y[1] <= x[1] for y in loops)]
+    return max((spills for *_, spills in inner), default=0)
 
 
 def _dkv(tile: common.Tile, dim: int, fused: bool) -> dict[str, Any]:
