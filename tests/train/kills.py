@@ -1,4 +1,4 @@
-"""A run killed with SIGKILL again and again: `python -m tests.train.kills CONFIG STAGE KILLS SEED`, JSON on stdout.
+"""A run killed with SIGKILL over and over: `python -m tests.train.kills CONFIG STAGE KILLS SEED`, JSON on stdout.
 
 One process imports everything, then forks each worker, which makes a start cheap. Workers are killed at random
 moments of their first steps; when KILLS of them have died, the run is left to itself until its end.
