@@ -194,7 +194,8 @@ def _mixture(key: str, stage: StageConfig, config: TrainConfig) -> None:
             f"change one of them, or use {key}.unit=weight"
         )
     for name in data.domains:
-        if config.data.sets[set_of(data, name)].read.kind != "chat":
+        one = config.data.sets[set_of(data, name)]
+        if one.read.kind != "chat" and (one.source != "synthetic" or one.synthetic.loss != "answer"):
             continue
         if data.packing != "best_fit":
             raise UserError(

@@ -124,6 +124,16 @@ RULES: list[tuple[list[str], int, list[str]]] = [
     (["eval.tokens=100"], 1, ["eval.tokens=100", "128"]),
     (["data.sets.text.heldout=0", "data.sets.text.source=x"], 1, ["data.sets.text.heldout=0", "eval.tokens=0"]),
     ([f"+{S}.data.rules.web.set=text"], 1, [f"{S}.data.rules.web", "text"]),
+    (
+        [f"+{S}.data.rules.text={{min_length: 9, max_length: 5}}"],
+        1,
+        [f"{S}.data.rules.text.max_length=5", "least 9"],
+    ),
+    ([f"+{S}.data.rules.text={{upsample: {{64: 0}}}}"], 1, [f"{S}.data.rules.text.upsample={{64: 0}}", "above 0"]),
+    ([f"+{S}.data.rules.text={{long: cut}}"], 1, ["long=cut", "split, truncate, drop, error"]),
+    ([f"{S}.data.unit=tokens"], 1, [f"{S}.data.domains add up to 1 tokens", "2048", "unit=weight"]),
+    (["data.sets.text.read.kind=chat"], 1, ["packing=concat would cut answers of text", "packing=best_fit"]),
+    (["data.sets.text.read.on_error=stop"], 1, ["data.sets.text.read.on_error=stop", "skip, fatal"]),
     ([f"+{S}.data.rules.text.set=web"], 1, [f"{S}.data.rules.text.set=web", "text"]),
     (["~stages.short", "~stages.long", "~stages.full"], 1, ["stages is empty", "recipe="]),
 ]
