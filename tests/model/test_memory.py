@@ -1,0 +1,83 @@
+"""The planner's peaks against those measured on a GPU, and the ledger itself.
+
+`tests/train/test_step_memory.py` has steps that really run.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from conf.schema import EngineConfig, ModelConfig
+from model.memory import PARTS, Job, Ledger, step_memory
+from model.memory_attention import attention_bytes
+from model.schedule import FULL, LayerPlan
+
+LLAMA_1B = ModelConfig("llama", 128_256, 2048, 8192, 16, 32, 8, tie_embeddings=True)
+
+
+def _gib(engine: EngineConfig, seq_len: int, plan: LayerPlan) -> float:
+    return step_memory(Job(LLAMA_1B, (plan,) * 16, seq_len, engine)).peak / 2**30
+
+
+# Peaks of `moba bench step` on one H200, GiB (benchmarks/results/step-h200.json).
+LONG = EngineConfig(checkpointing="full", offload_checkpoints=True, mlp_tile=16_384, fused="liger")
+ON_H200 = [
+    (EngineConfig(fused="liger"), 8192, FULL, 31.80),
+    (EngineConfig(fused="liger"), 32_768, FULL, 60.06),
+    (EngineConfig(fused="liger"), 32_768, LayerPlan("moba", 512, 8), 61.38),
+    (EngineConfig(fused="liger", checkpointing="selective"), 131_072, LayerPlan("moba", 512, 8), 51.48),
+    (EngineConfig(fused="liger", checkpointing="selective"), 131_072, LayerPlan("moba", 4096, 12), 53.49),
+    (LONG, 1_048_576, LayerPlan("moba", 512, 8), 74.44),
+    (LONG, 1_048_576, LayerPlan("moba", 4096, 12), 79.11),
+]
+
+
+@pytest.mark.parametrize(("engine", "seq_len", "plan", "measured"), ON_H200)
+def test_peaks_measured_on_a_gpu(engine: EngineConfig, seq_len: int, plan: LayerPlan, measured: float) -> None:
+    assert abs(_gib(engine, seq_len, plan) / measured - 1) < 0.10
+
+
+def test_each_switch_saves_memory() -> None:
+    plan, length = LayerPlan("moba", 512, 8), 131_072
+    chain = [
+        EngineConfig(),
+        EngineConfig(checkpointing="selective"),
+        EngineConfig(checkpointing="full"),
+        EngineConfig(checkpointing="full", offload_checkpoints=True),
+        EngineConfig(checkpointing="full", offload_checkpoints=True, mlp_tile=4096),
+    ]
+    peaks = [_gib(engine, length, plan) for engine in chain]
+    assert peaks == sorted(peaks, reverse=True) and len(set(peaks)) == len(peaks), peaks
+
+
+def test_offloaded_checkpoints_lie_in_host_memory() -> None:
+    job = Job(LLAMA_1B, (FULL,) * 16, 8192, EngineConfig(checkpointing="full", offload_checkpoints=True))
+    assert step_memory(job).host == 16 * 8192 * 2048 * 2
+    assert step_memory(replace(job, engine=EngineConfig(checkpointing="full"))).host == 0
+
+
+def test_kept_block_ids_are_narrow() -> None:
+    job = Job(LLAMA_1B, (), 65_536, EngineConfig())
+    few, many = attention_bytes(job, LayerPlan("moba", 512, 3)), attention_bytes(job, LayerPlan("moba", 128, 3))
+    assert few.ids == many.ids == 4 * 65_536 * 32 * 2
+    assert few.packed_ids == few.ids // 4 and many.packed_ids == many.ids // 2
+
+
+def test_moba_that_chooses_everything_is_full_attention() -> None:
+    job = Job(LLAMA_1B, (), 4096, EngineConfig())
+    assert attention_bytes(job, LayerPlan("moba", 512, 8)) == attention_bytes(job, FULL)
+
+
+def test_ledger_remembers_the_highest_point() -> None:
+    ledger = Ledger(moment="first")
+    a = ledger.take("weights", 10)
+    ledger.moment = "second"
+    ledger.touch("loss", 5, 2)
+    ledger.give(a)
+    ledger.take("weights", 12)
+    assert (ledger.peak, ledger.peak_moment, ledger.at_peak["loss"]) == (17, "second", 7)
+    with pytest.raises(KeyError):
+        ledger.give(a)
+    assert set(ledger.at_peak) <= set(PARTS)
