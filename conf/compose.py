@@ -38,8 +38,6 @@ def compose(root: Literal["eval"], overrides: Sequence[str]) -> schema.EvalConfi
 def compose(root: Literal["bench"], overrides: Sequence[str]) -> schema.BenchConfig: ...
 @overload
 def compose(root: Literal["bench_step"], overrides: Sequence[str]) -> schema.StepBenchConfig: ...
-@overload
-def compose(root: Literal["plan"], overrides: Sequence[str]) -> schema.PlanConfig: ...
 def compose(root: str, overrides: Sequence[str]) -> Any:
     """Compose `conf/<root>.yaml` with plain Hydra overrides (`key=value`, `+x=..`, `~x`, `group=choice`).
 
@@ -57,6 +55,12 @@ def compose_train(overrides: Sequence[str], complete: Callable[[DictConfig], Non
     """
     schema.register()
     return _typed("train", schema.TrainConfig, overrides, complete)
+
+
+def compose_plan(overrides: Sequence[str], complete: Callable[[DictConfig], None]) -> schema.PlanConfig:
+    """As `compose_train`, for `moba plan`."""
+    schema.register()
+    return _typed("plan", schema.PlanConfig, overrides, complete)
 
 
 def recompose(config: schema.TrainConfig, overrides: Sequence[str]) -> schema.TrainConfig:

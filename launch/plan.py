@@ -8,18 +8,23 @@ from typing import TYPE_CHECKING
 from rich.markup import escape
 from rich.table import Table
 
-from conf.compose import compose
+from conf.compose import compose_plan, override_keys
 from conf.gpus import GIB, gpu_named
 from conf.schema import PlanConfig
 from conf.validate import validate
 from launch.command import Command, console
+from launch.init import Completion, complete_ropes
 
 if TYPE_CHECKING:
     from launch.plan_fit import Forecast
 
 
 def resolve(overrides: Sequence[str]) -> PlanConfig:
-    return compose("plan", overrides)
+    """As `moba train` would have it: `init` fills in the model, stages inherit RoPE."""
+    completion = Completion(override_keys(overrides))
+    config = compose_plan(overrides, completion)
+    complete_ropes(config, completion.origin.rope if completion.origin else None)
+    return config
 
 
 def run(config: PlanConfig) -> int:

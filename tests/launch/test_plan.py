@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from conf.compose import compose
 from conf.gpus import GIB, gpu_named, gpu_of_device
 from conf.schema import PlanConfig
 from launch.cli import main
+from launch.plan import resolve
 from launch.plan_fit import forecast, suggest
 from launch.plan_rates import measured_rates
 from launch.step_report import merged, print_table
@@ -21,7 +21,7 @@ RECIPE = ["recipe=quickstart", "model=llama_1b", "engine=bf16", "eval.tokens=0",
 
 def long_stage(seq_len: int, *more: str) -> PlanConfig:
     stage = [f"stages.long.{key}" for key in (f"seq_len={seq_len}", f"tokens={4 * seq_len}", "global_batch=1")]
-    return compose("plan", [*RECIPE, "~stages.short", "~stages.full", *stage, *more])
+    return resolve([*RECIPE, "~stages.short", "~stages.full", *stage, *more])
 
 
 def test_short_stage_fits_and_long_one_needs_switches() -> None:
@@ -76,6 +76,22 @@ def test_rates_come_from_measured_files(tmp_path: Path) -> None:
     assert "attention-x.json" in rates.sources and len(rates.attention) == 1
     assert rates.attention[0].forward == pytest.approx(rates.attention[0].backward)  # 2x the work in 2x the time
     assert not measured_rates(gpu_named("h100"), tmp_path).attention  # another GPU's numbers are no guide
+
+
+def test_recipe_that_starts_from_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shape = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 128_256}
+    shape |= {"hidden_size": 4096, "intermediate_size": 14_336, "num_hidden_layers": 32, "head_dim": 128}
+    shape |= {"num_attention_heads": 32, "num_key_value_heads": 8, "max_position_embeddings": 131_072}
+    shape |= {"tie_word_embeddings": False, "rms_norm_eps": 1e-5, "torch_dtype": "bfloat16"}
+    scaling = {"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 8192}
+    scaling |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    shape |= {"rope_theta": 500_000.0, "rope_scaling": scaling}
+    (tmp_path / "config.json").write_text(json.dumps(shape))
+    (tmp_path / "tokenizer.json").write_text("{}")
+    code = main(["plan", "recipe=llama8b_1m_moba", f"init.hf={tmp_path}", "launch.nproc=8"])
+    text = capsys.readouterr()
+    assert code in (0, 1) and not text.err, text.err
+    assert "1,048,576 tokens" in text.out
 
 
 def test_device_names() -> None:
