@@ -202,7 +202,7 @@ class OptimConfig:
 class EngineConfig:
     """How a step is computed and where things are kept. Beyond rounding, nothing here changes a result.
 
-    Checkpointing `full` keeps each block's input and chosen blocks; `selective` also keeps the attention output, so
+    Checkpointing `full` keeps each block's input and chosen blocks; `selective` keeps the attention output too, so
     that attention never runs twice.
     """
 
@@ -390,7 +390,7 @@ class RulerConfig:
 class NeedleConfig:
     """One needle at chosen depths of haystacks of chosen lengths (MoBA paper, figure 7)."""
 
-    lengths: list[int] = field(default_factory=list)  # prompt and answer; empty: the checkpoint's and 1/8, 1/4, 1/2
+    lengths: list[int] = field(default_factory=list)  # prompt + answer; empty: the checkpoint's and 1/8, 1/4, 1/2
     depths: int = 11  # from the first line of the haystack to the last, evenly spaced
     samples: int = 4  # per length and depth
     seed: int = 42
@@ -466,9 +466,9 @@ class PlanConfig(TrainConfig):
 
 @dataclass
 class StepBenchConfig:
-    """Root of `moba bench step`: whole optimizer steps on synthetic tokens, one sequence per data-parallel rank."""
+    """Root of `moba bench step`: whole optimizer steps on synthetic tokens, a sequence per data-parallel rank."""
 
-    out: str = "benchmarks/results/step.json"  # rows of other configurations in it are kept; the plot goes beside it
+    out: str = "benchmarks/results/step.json"  # other configurations' rows in it are kept; the plot goes beside
     lengths: list[int] = field(default_factory=lambda: [8192])  # tokens of the sequence
     plans: list[str] = field(default_factory=lambda: ["full", "512x3"])  # full or BLOCKxTOPK
     sweep: list[str] = field(default_factory=list)  # rows TOKENS/PLAN[/KEY:VALUE...] in place of the above
@@ -477,7 +477,7 @@ class StepBenchConfig:
     parts: str = "after"  # after: one more step that times each part | within: the timed steps do | none
     gpu: str = "auto"  # auto | a100 | h100 | h200 | b200: whose peak rate and memory
     model: ModelConfig = field(default_factory=ModelConfig)
-    attention: AttentionConfig = field(default_factory=AttentionConfig)  # kind, block_size and topk: as the plan says
+    attention: AttentionConfig = field(default_factory=AttentionConfig)  # kind, block_size, topk: as the plan says
     optim: OptimConfig = field(default_factory=OptimConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
@@ -489,7 +489,7 @@ class BenchConfig:
     """Root of `moba bench`: what is measured, on which rows."""
 
     name: str = "attention"  # attention
-    rows: list[str] = field(default_factory=list)  # seq_len/heads/kv_heads/head_dim/block/topk; empty: the official
+    rows: list[str] = field(default_factory=list)  # seq_len/heads/kv_heads/head_dim/block/topk; empty: official
     documents: int = 1  # packed documents per row; dense attention is timed for 1 only
     routing: str = "uniform"  # uniform | clustered | sink: how the random inputs make the gate choose
     dense: bool = True  # time dense attention beside it

@@ -94,7 +94,7 @@ def _real_spans(real_BN: Tensor | None, num_rows: int, num_keys: int) -> list[tu
         return [(0, num_keys)] * num_rows
     if real_BN.shape != (num_rows, num_keys):
         raise UserError(
-            f"attention_mask {list(real_BN.shape)} must cover {num_rows} rows of {num_keys} keys (with cached ones)"
+            f"attention_mask {list(real_BN.shape)} must cover {num_rows} rows of {num_keys} keys (cached included)"
         )
     real = real_BN.cpu().long()
     count = real.sum(1)

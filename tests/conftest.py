@@ -6,6 +6,7 @@ The variable does not stay set: processes that tests start compile, or fail to, 
 import importlib
 import os
 
+import pytest
 import torch
 
 if not torch.cuda.is_available():
@@ -17,3 +18,12 @@ if not torch.cuda.is_available():
     except ImportError:  # no Triton here: its tests say so
         pass
     del os.environ["TRITON_INTERPRET"]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests that need devices this machine lacks are skipped, with the reason."""
+    devices = torch.cuda.device_count()
+    for item in items:
+        needed = 2 if item.get_closest_marker("multi_gpu") else int(item.get_closest_marker("gpu") is not None)
+        if devices < needed:
+            item.add_marker(pytest.mark.skip(reason=f"needs {needed} CUDA device(s), there are {devices}"))

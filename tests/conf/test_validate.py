@@ -189,7 +189,10 @@ def test_suggested_values_pass() -> None:
 @pytest.mark.parametrize(
     ("config", "wanted"),
     [
-        (EvalConfig(checkpoint="a", out="b", suite="x"), "suite=x: choose one of all, loss, ruler, gate"),
+        (
+            EvalConfig(checkpoint="a", out="b", suite="x"),
+            "suite=x: choose one of all, loss, ruler, needle, gate, lm_eval, report",
+        ),
         (ExportConfig(checkpoint="a", out="b", dtype="int8"), "dtype=int8: choose one of float32, bfloat16"),
         (PrepareConfig(out="a", source="b", heldout=1.0), "heldout=1.0: must be at least 0 and below 1"),
     ],

@@ -130,7 +130,8 @@ class TestDataOnDemand:
         self, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     ) -> None:
         started: list[list[str]] = []
-        monkeypatch.setattr(train, "walk", lambda config, paths, start: started.append(list(config.stages)) or 5)
+        begin = lambda config, paths, lock: started.append(list(config.stages)) or 5  # noqa: E731
+        monkeypatch.setattr(train, "starter", lambda launch: begin)
         command = [*SMOKE, f"out={tmp_path / 'run'}", f"data.sets.text.source={texts}", "seed=4"]
         assert main(command) == 5  # what the workers said
         assert started == [["short", "long", "full"]]
