@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import datetime
-import json
 import os
 import platform
-import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +12,6 @@ from conf.compose import compose
 from conf.ranges import check_fields
 from conf.schema import LoaderBenchConfig
 from launch.command import Command
-from launch.packages import ROOT
 
 
 def resolve(overrides: Sequence[str]) -> LoaderBenchConfig:
@@ -25,6 +21,7 @@ def resolve(overrides: Sequence[str]) -> LoaderBenchConfig:
 def run(config: LoaderBenchConfig) -> int:
     """Measure, print a line per row, write `out`. 1 if a step would wait too long."""
     from data.bench import bench
+    from eval.files import write_json
 
     check_fields(config)
     load = os.getloadavg()[0]
@@ -39,12 +36,8 @@ def run(config: LoaderBenchConfig) -> int:
         "rows": rows,
     }
     if config.out:
-        path = Path(config.out)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}")
-        temporary.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-        temporary.replace(path)
-        print(f"wrote {path}")
+        write_json(Path(config.out), report)
+        print(f"wrote {config.out}")
     fine = worst < config.limit
     print(
         f"a step of {config.tokens_per_s:,} tokens/s waits {worst:.3%} at most: {'fine' if fine else 'too long'}"
@@ -57,12 +50,11 @@ def environment() -> dict[str, Any]:
     import numpy
     import torch
 
-    found = subprocess.run(
-        ["git", "-C", str(ROOT), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
-    )
+    from eval.bench.environment import commit, today
+
     return {
-        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
-        "commit": found.stdout.strip() if found.returncode == 0 else "unknown",
+        "date": today(),
+        "commit": commit(),
         "python": platform.python_version(),
         "numpy": numpy.__version__,
         "torch": torch.__version__,

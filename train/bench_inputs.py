@@ -12,6 +12,7 @@ from torch import Tensor
 
 from conf.schema import TrainConfig
 from data.batch import Batch
+from eval.bench.environment import commit, today
 from model.flops import flops_per_token
 from model.shapes import parameter_shapes
 from train.bench_cases import Case
@@ -60,6 +61,8 @@ def describe_case(case: Case, mesh: Mesh) -> dict[str, Any]:
     where = {
         "device": device,
         "torch": torch.__version__,
+        "commit": commit(),
+        "date": today(),
         "processes": mesh.world,
         "model": asdict(case.config.model),
     }

@@ -24,8 +24,13 @@ def environment(gpu: str) -> dict[str, str]:
         "torch": torch.__version__,
         "triton": triton.__version__,
         "commit": commit(),
-        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+        "date": today(),
     }
+
+
+def today() -> str:
+    """The date, ISO, UTC."""
+    return datetime.datetime.now(datetime.timezone.utc).date().isoformat()
 
 
 def commit(root: Path = ROOT) -> str:
