@@ -101,8 +101,8 @@ def _prepare(config: EvalConfig, path: str, out: Path) -> Work:
         if Texts(ruler.data).data:
             _ = Texts(ruler.data).essays
     if "lm_eval" in suites:
-        harness.require_harness()
         harness.task_shots(config.lm_eval.preset, config.tasks, config.lm_eval.shots)
+        harness.require_harness()
     store = _store(config, source) if {"loss", "gate"} & set(suites) else None
     return Work(config, source, plans, suites, store)
 

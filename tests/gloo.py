@@ -82,6 +82,7 @@ class GlooPool:
                 try:
                     ok, value = pipe.recv()
                 except EOFError:
+                    self._processes[rank].join(10)  # the pipe closes a moment before the exit code is known
                     ok, value = False, f"the process died (exit code {self._processes[rank].exitcode})"
                 if not ok:
                     self.kill()
