@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[3]
 # those of addresses outside the loops (dk and dv at 128, the union path).
 KNOWN_STACK = {"combine": 64, "dkv": 64, "fused": 64, "merge": 16, "union": 104, "union_dkv": 32}
 if not triton.__version__.startswith("3.6."):
-    KNOWN_STACK["fused"] = 112  # Triton 3.7.1 assigns registers otherwise; its effect on time is not measured
+    KNOWN_STACK |= {"fused": 112, "union": 120}  # Triton 3.7.1 assigns registers otherwise; not measured on a GPU
 
 
 @pytest.fixture(scope="module")
