@@ -26,7 +26,7 @@ from conf.constants import EXIT_USER_ERROR
 from conf.errors import UserError
 from conf.inherit import stage_ropes
 from conf.load import to_typed
-from conf.process import follow_parent
+from conf.process import follow_parent, leave
 from conf.schema import StepBenchConfig, TrainConfig
 from model.schedule import describe, plan
 from train.bench_cases import STAGE, Case, cases_of, train_config
@@ -240,4 +240,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

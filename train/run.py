@@ -23,7 +23,7 @@ from conf.errors import UserError
 from conf.inherit import stage_ropes
 from conf.load import load_train_config
 from conf.paths import RunPaths
-from conf.process import follow_parent
+from conf.process import follow_parent, leave
 from conf.schema import TrainConfig
 from data.loader import TrainLoader
 from data.manifest import load_manifest
@@ -237,4 +237,4 @@ def complain(error: Exception) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())
