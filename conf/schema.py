@@ -214,6 +214,7 @@ class EngineConfig:
     offload_optimizer: bool = False  # fp32 weights and AdamW in host memory, and the step on the CPU
     offload_param: bool = False  # parameters in host memory between uses: ZeRO-3
     fused: str = "none"  # none | liger | compile: norm, RoPE and SwiGLU as Liger's kernels or by torch.compile
+    loss: str = "auto"  # auto | fused | tiled: logits once, in large tiles, or again in backward; auto: fused on GPUs
 
 
 @dataclass
