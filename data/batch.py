@@ -27,6 +27,8 @@ class Batch:
             The single truth for RoPE, document masks and MoBA's blocks.
         cu_seqlens: int32 [N + 1], document borders in the flattened [R * S] row of tokens.
         max_seqlen: longest document piece of the batch.
+        weights: fp32 [R, S], at least 0: the loss of each label counts so many times, also in the mean's divisor;
+            0 where there is no label. None: every label counts once.
     """
 
     input_ids: Tensor
@@ -34,11 +36,17 @@ class Batch:
     positions: Tensor
     cu_seqlens: Tensor
     max_seqlen: int
+    weights: Tensor | None = None
 
     @property
     def num_valid(self) -> int:
         """Tokens that carry loss. Call on the host copy only: on a GPU this would wait for it."""
         return int((self.labels != IGNORE_INDEX).sum())
+
+    @property
+    def weight_sum(self) -> float:
+        """Sum of the weights, added up in float64; `num_valid` without weights. On the host copy only."""
+        return float(self.num_valid) if self.weights is None else float(self.weights.double().sum())
 
     def to(self, device: torch.device) -> Batch:
         """Copy to `device`; asynchronous where the source is pinned."""
@@ -51,7 +59,8 @@ class Batch:
     def _map(self, change: Callable[[Tensor], Tensor]) -> Batch:
         tensors = (self.input_ids, self.labels, self.positions, self.cu_seqlens)
         input_ids, labels, positions, cu_seqlens = (change(t) for t in tensors)
-        return Batch(input_ids, labels, positions, cu_seqlens, self.max_seqlen)
+        weights = None if self.weights is None else change(self.weights)
+        return Batch(input_ids, labels, positions, cu_seqlens, self.max_seqlen, weights)
 
 
 def cu_seqlens_of(positions: np.ndarray) -> tuple[np.ndarray, int]:

@@ -24,16 +24,19 @@ class LossSums(NamedTuple):
     """Sums over one micro-batch; the caller divides by global counts. Scalars on the model's device.
 
     Attributes:
-        loss_sum: fp32, cross-entropy in nats over all tokens with a label. The only one with a gradient.
+        loss_sum: fp32, cross-entropy in nats over all tokens with a label, each times its weight if there are
+            weights. The only one with a gradient.
         num_valid: int64, those tokens.
         trailing_sum: fp32, the part from the last tokens of full-length documents; 0 if none was asked for.
         trailing_valid: int64, its tokens.
+        weight_sum: what the mean divides `loss_sum` by: fp32, the sum of the weights; `num_valid` without weights.
     """
 
     loss_sum: Tensor
     num_valid: Tensor
     trailing_sum: Tensor
     trailing_valid: Tensor
+    weight_sum: Tensor
 
 
 class LMHead(nn.Module):
@@ -109,7 +112,13 @@ class _TiledCrossEntropy(torch.autograd.Function):
 
 
 def sum_losses(
-    losses_RS: Tensor, labels_RS: Tensor, positions_RS: Tensor, trailing: int, cu_seqlens: Tensor, seq_len: int
+    losses_RS: Tensor,
+    labels_RS: Tensor,
+    positions_RS: Tensor,
+    trailing: int,
+    cu_seqlens: Tensor,
+    seq_len: int,
+    weights_RS: Tensor | None = None,
 ) -> LossSums:
     """LossSums of per-token losses, of whole rows or of some columns of them.
 
@@ -119,15 +128,19 @@ def sum_losses(
         trailing: the last so many tokens of a row count as trailing, in rows that one document fills; 0: none.
         cu_seqlens: document borders of the flattened whole rows.
         seq_len: of whole rows.
+        weights_RS: fp32, of the same tokens, 0 where ignored; None: all 1. They have no part in the trailing loss,
+            which is a measure.
     """
     valid = labels_RS != IGNORE_INDEX
+    num_valid = valid.sum()
     row_start = torch.arange(labels_RS.shape[0], dtype=cu_seqlens.dtype, device=cu_seqlens.device) * seq_len
     next_border = cu_seqlens[torch.searchsorted(cu_seqlens, row_start, right=True)]
     full_length = (next_border == row_start + seq_len)[:, None]
     tail = full_length & valid & (positions_RS >= seq_len - trailing)
     return LossSums(
-        loss_sum=losses_RS.sum(),
-        num_valid=valid.sum(),
+        loss_sum=(losses_RS if weights_RS is None else losses_RS * weights_RS).sum(),
+        num_valid=num_valid,
         trailing_sum=torch.where(tail, losses_RS.detach(), 0.0).sum(),
         trailing_valid=tail.sum(),
+        weight_sum=num_valid if weights_RS is None else weights_RS.sum(),
     )

@@ -152,6 +152,7 @@ class CausalLM(nn.Module):
         plans: Plans,
         trailing: int = 0,
         per_token: bool = False,
+        weights: Tensor | None = None,
     ) -> LossSums | Tensor:
         """Loss of packed rows (fields as in `data.batch.Batch`).
 
@@ -160,7 +161,8 @@ class CausalLM(nn.Module):
             cu_seqlens, max_seqlen: document borders of the flattened rows.
             plans: one per layer, from `model.schedule.plan`.
             trailing: tokens at the end of full-length rows to sum separately; 0: none.
-            per_token: return losses fp32 [R, S], 0 where ignored, in place of sums.
+            per_token: return losses fp32 [R, S], 0 where ignored, in place of sums; weights have no part in them.
+            weights: fp32 [R, S], of each label's loss in the sum; None: all 1.
         """
         hidden = self.model(
             input_ids, positions=positions, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen, plans=plans
@@ -169,7 +171,7 @@ class CausalLM(nn.Module):
         if per_token:
             return losses
         columns = labels.shape[1] * (self.execution.parallel.size if self.execution.parallel else 1)
-        return sum_losses(losses, labels, positions, trailing, cu_seqlens, columns)
+        return sum_losses(losses, labels, positions, trailing, cu_seqlens, columns, weights)
 
     def token_losses(
         self,

@@ -51,7 +51,7 @@ class Guard:
 
     def __init__(self, config: GuardConfig, engine: DeepSpeedEngine, recent: list[list[float]]) -> None:
         self._config, self._engine, self._recent = config, engine, recent
-        self._sums: Tensor | None = None
+        self._loss: Tensor | None = None
         self._own_norm: Tensor | None = None
         self._verdict: Tensor | None = None
         self._bad_steps = 0
@@ -60,9 +60,9 @@ class Guard:
         assert isinstance(inner, GuardedAdamW), type(inner)
         inner.veto = lambda: self.verdict() > 0
 
-    def arm(self, sums: Tensor, own_norm: Tensor | None) -> None:
-        """Before the engine's step: `sums` over all ranks, as `train.loop.train_step` has them so far."""
-        self._sums, self._own_norm, self._verdict = sums, own_norm, None
+    def arm(self, loss: Tensor, own_norm: Tensor | None) -> None:
+        """Before the engine's step: its mean loss over all ranks, float64 []."""
+        self._loss, self._own_norm, self._verdict = loss, own_norm, None
 
     def verdict(self) -> Tensor:
         """Float64 [] on the device, the same on every rank. Collective when first asked for after `arm`.
@@ -70,9 +70,9 @@ class Guard:
         The norm must be known: ask from the inner optimizer's step on, not before.
         """
         if self._verdict is None:
-            assert self._sums is not None
+            assert self._loss is not None
+            loss = self._loss
             norm = grad_norm(self._inner_norm(), self._own_norm)
-            loss = self._sums[0] / self._sums[1].clamp(min=1)
             loss_limit, norm_limit = self._limits
             spike = SPIKE * ((loss > loss_limit) | (norm > norm_limit)).double()
             # DeepSpeed writes -1 for a norm that is not finite.

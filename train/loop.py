@@ -1,8 +1,9 @@
 """The training loop. One optimizer step is `train_step`; everything around it is `fit`.
 
-Loss = sum over tokens / valid tokens of the whole global batch (data parallel x sequence parallel x accumulation).
-DeepSpeed averages gradients over `world` ranks, so each micro-batch's summed loss is scaled by world / N_global;
-a rank's micro-batch may be some columns of its rows, which changes nothing here.
+Loss = sum over tokens / valid tokens of the whole global batch (data parallel x sequence parallel x accumulation);
+with weights, the weighted sum over the sum of weights. DeepSpeed averages gradients over `world` ranks, so each
+micro-batch's summed loss is scaled by world / N_global; a rank's micro-batch may be some columns of its rows, which
+changes nothing here.
 """
 
 from __future__ import annotations
@@ -130,10 +131,11 @@ def train_step(run: Run, micro_batches: list[Batch], plans: Plans, lr: float) ->
         float64 on the device, as `train.pending.Outcome` reads it.
     """
     engine, mesh = run.engine, run.mesh
-    num_valid = torch.tensor(sum(mesh.cut(batch).num_valid for batch in micro_batches), dtype=torch.int64)
-    num_valid = num_valid.to(mesh.device, non_blocking=True)
-    dist.all_reduce(num_valid)
-    scale = mesh.world / num_valid.clamp(min=1)
+    weight = torch.tensor(sum(mesh.cut(batch).weight_sum for batch in micro_batches), dtype=torch.float64)
+    weight = weight.to(mesh.device, non_blocking=True)
+    dist.all_reduce(weight)
+    divisor = torch.where(weight > 0, weight, 1.0)
+    scale = mesh.world / divisor.float()
     flags = [float(run.stop.requested), *(run.saver.status() if run.saver else (0.0, 0.0))]
     sums = torch.tensor([0.0] * 4 + flags, dtype=torch.float64).to(mesh.device, non_blocking=True)
     set_lr(engine, lr)
@@ -148,18 +150,19 @@ def train_step(run: Run, micro_batches: list[Batch], plans: Plans, lr: float) ->
             max_seqlen=batch.max_seqlen,
             plans=plans,
             trailing=run.stage.seq_len // TRAILING_SHARE,
+            weights=batch.weights,
         )
         engine.backward(out.loss_sum * scale, scale_wrt_gas=False)
-        sums[:4] += torch.stack([value.detach().double() for value in out])
+        sums[:4] += torch.stack([value.detach().double() for value in out[:4]])
         if index == len(micro_batches):
             dist.all_reduce(sums)  # before the update, which depends on them
             own_norm = clip_and_norm(engine, run.config.optim)
             if run.guard is not None:
-                run.guard.arm(sums, own_norm)
+                run.guard.arm(sums[0] / divisor, own_norm)
         engine.step()  # updates at the accumulation boundary, counts micro-batches before it
     norm = grad_norm(engine, own_norm).double().reshape(1)
     verdict = run.guard.verdict() if run.guard is not None else torch.zeros_like(norm)
-    return torch.cat([sums[:5], norm, sums[5:], verdict.reshape(1)])
+    return torch.cat([sums[:5], norm, sums[5:], verdict.reshape(1), weight.reshape(1)])
 
 
 def describe_step(run: Run, lr: float, plans: Plans) -> Row:

@@ -42,7 +42,7 @@ class Mesh:
         return self.rank == 0
 
     def cut(self, batch: Batch) -> Batch:
-        """This rank's columns of a batch, as views: [R, S / sp_world] of ids, labels and positions.
+        """This rank's columns of a batch, as views: [R, S / sp_world] of ids, labels, positions and weights.
 
         Documents may straddle the cut; `cu_seqlens` and `max_seqlen` stay those of whole rows. Labels were
         shifted before, so no rank needs its neighbour's tokens.
@@ -59,6 +59,7 @@ class Mesh:
             input_ids=batch.input_ids[:, columns],
             labels=batch.labels[:, columns],
             positions=batch.positions[:, columns],
+            weights=None if batch.weights is None else batch.weights[:, columns],
         )
 
     def broadcast(self, value: Any) -> Any:

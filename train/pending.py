@@ -46,11 +46,12 @@ class Outcome:
     saving: float  # ranks whose checkpoint is still being written
     save_failed: float  # ranks that could not write
     verdict: float  # of `train.guard`: 0 for a good step
+    weight: float  # sum of the weights of the tokens with a label: num_valid where there are none
 
     @property
     def loss(self) -> float:
-        """Mean over the valid tokens of the global batch."""
-        return self.loss_sum / max(self.num_valid, 1)
+        """Mean over the valid tokens of the global batch, by weight."""
+        return self.loss_sum / (self.weight or 1.0)
 
     @property
     def stop(self) -> bool:
@@ -91,6 +92,8 @@ class PendingRow:
         outcome = self.finish()
         row = self.row | {"loss": outcome.loss, "grad_norm": outcome.grad_norm}
         row |= {"valid_tokens": int(outcome.num_valid), "tokens_per_s": self._tokens / self._timer.seconds()}
+        if outcome.weight != outcome.num_valid:
+            row["loss_weight"] = outcome.weight
         if outcome.num_trailing:
             row["trailing_loss"] = outcome.trailing_sum / outcome.num_trailing
             row["trailing_tokens"] = int(outcome.num_trailing)
