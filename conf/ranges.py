@@ -136,6 +136,10 @@ RANGES: dict[type, dict[str, Range]] = {
     s.BenchConfig: {"documents": _COUNT, "flash_up_to": _ZERO_OR_MORE},
     s.GateConfig: {"seq_len": _ZERO_OR_MORE, "queries": _COUNT},
     s.PlanConfig: {"host_gib": _ZERO_OR_MORE},
+    s.GenerateBenchConfig: {
+        **dict.fromkeys(("block_size", "topk", "rows"), _COUNT),
+        **dict.fromkeys(("chunk", "full_up_to", "decode_up_to"), _ZERO_OR_MORE),
+    },
     s.StepBenchConfig: {"steps": _COUNT, "warmup": _ZERO_OR_MORE},
     s.EvalAttentionConfig: dict.fromkeys(("block_size", "topk"), _ZERO_OR_MORE),
 }

@@ -107,6 +107,7 @@ class DomainRule:
     max_length: int = 0  # longer documents are left out; 0: none
     long: str = "auto"  # documents above seq_len: split | truncate | drop | error; auto: split text, drop chats
     upsample: dict[int, float] = field(default_factory=dict)  # documents of at least N tokens: times per epoch
+    loss_weight: float = 1.0  # of the domain's tokens in the loss, times their own weights
 
 
 @dataclass
@@ -149,8 +150,9 @@ class TokenizerConfig:
 class ReadConfig:
     """How the records of a source become documents."""
 
-    kind: str = "text"  # text | chat: conversations, with loss on the assistant's turns only
-    field: str = ""  # of JSONL, parquet, arrow and hub records; empty: text, for chat messages
+    kind: str = "text"  # text | chat: conversations, with loss on the assistant's turns only | tokens: lists of ids
+    field: str = ""  # of JSONL, parquet, arrow and hub records; empty: text, for chat messages, for tokens input_ids
+    weight: str = ""  # field with the weight of the loss: of a record, of a message, a list beside ids; empty: none
     repos: int = 0  # n: each folder n levels below the source is one document, a code repository; 0: files are
     subset: str = ""  # configuration of a hub data set
     split: str = "train"  # of a hub data set
@@ -501,6 +503,21 @@ class BenchConfig:
 
 
 @dataclass
+class GenerateBenchConfig:
+    """Root of `moba bench generate`: prefill and decode of a model with random weights, by length of the prompt."""
+
+    out: str = "benchmarks/results/generate.json"  # the plot goes beside
+    lengths: list[int] = field(default_factory=lambda: [8192, 32_768, 131_072])  # tokens of the prompt
+    block_size: int = 4096  # of the MoBA layers, all of them
+    topk: int = 12
+    chunk: int = 65_536  # prompt tokens run at a time
+    full_up_to: int = 131_072  # tokens up to which full attention prefills for real; above, one layer's attention
+    decode_up_to: int = 131_072  # tokens up to which decoding is measured
+    rows: int = 1  # prompts decoded at a time
+    model: ModelConfig = field(default_factory=ModelConfig)
+
+
+@dataclass
 class LoaderBenchConfig:
     """Root of `moba bench loader`."""
 
@@ -521,6 +538,7 @@ ROOTS: dict[str, type[Any]] = {
     "eval": EvalConfig,
     "plan": PlanConfig,
     "bench_step": StepBenchConfig,
+    "bench_generate": GenerateBenchConfig,
     "bench": BenchConfig,
 }
 
