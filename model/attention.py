@@ -90,7 +90,7 @@ class Attention(nn.Module):
             out = decode_attention(q, cache, self.layer, layer_plan)
         elif cache is not None and cache.part:
             cache.store_part(self.layer, k, v)
-            out = part_attention(q, cache, self.layer, layer_plan)
+            out = part_attention(q, cache, self.layer, layer_plan, self.backend)
         else:
             if cache is not None:
                 cache.store_prompt(self.layer, k, v)

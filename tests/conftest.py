@@ -15,6 +15,8 @@ if not torch.cuda.is_available():
         importlib.import_module("triton.experimental.gluon")  # the interpreter imports it late
         importlib.import_module("model.moba.triton_backend")
         importlib.import_module("model.moba.triton_table")
+        importlib.import_module("model.triton_decode")
+        importlib.import_module("model.triton_loss")
     except ImportError:  # no Triton here: its tests say so
         pass
     del os.environ["TRITON_INTERPRET"]
