@@ -42,7 +42,7 @@ CHOICES: dict[tuple[type, str], tuple[str, ...]] = {
     (s.StageDataConfig, "packing"): ("concat", "best_fit"),
     (s.StageDataConfig, "unit"): ("weight", "tokens"),
     (s.DomainRule, "long"): ("auto", "split", "truncate", "drop", "error"),
-    (s.ReadConfig, "kind"): ("text", "chat"),
+    (s.ReadConfig, "kind"): ("text", "chat", "tokens"),
     (s.ReadConfig, "on_error"): ("skip", "fatal"),
     (s.SyntheticConfig, "loss"): ("answer", "all"),
     (s.EngineConfig, "precision"): ("fp32", "bf16"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import re
 
-from conf.domains import rule_of, set_of
+from conf.domains import rule_of, set_of, trained_whole
 from conf.errors import UserError
 from conf.inherit import stage_ropes
 from conf.ranges import check_fields
@@ -183,6 +183,11 @@ def _mixture(key: str, stage: StageConfig, config: TrainConfig) -> None:
                 f"{key}.rules.{name}.max_length={rule.max_length} is below its min_length={rule.min_length}: "
                 f"use at least {rule.min_length}, or 0 for no limit"
             )
+        if not 0 < rule.loss_weight < float("inf"):
+            raise UserError(
+                f"{key}.rules.{name}.loss_weight={rule.loss_weight:g}: must be above 0; to leave the domain out, "
+                f"take it out of {key}.domains"
+            )
         for least, times in rule.upsample.items():
             if least < 1 or not 0 < times < float("inf"):
                 raise UserError(
@@ -195,7 +200,7 @@ def _mixture(key: str, stage: StageConfig, config: TrainConfig) -> None:
         )
     for name in data.domains:
         one = config.data.sets[set_of(data, name)]
-        if one.read.kind != "chat" and (one.source != "synthetic" or one.synthetic.loss != "answer"):
+        if not trained_whole(one.source, one.read, one.synthetic):
             continue
         if data.packing != "best_fit":
             raise UserError(

@@ -2,8 +2,8 @@
 
 Loss = sum over tokens / valid tokens of the whole global batch (data parallel x sequence parallel x accumulation);
 with weights, the weighted sum over the sum of weights. DeepSpeed averages gradients over `world` ranks, so each
-micro-batch's summed loss is scaled by world / N_global; a rank's micro-batch may be some columns of its rows, which
-changes nothing here.
+micro-batch's summed loss is scaled by world / N_global; a rank's micro-batch may be some columns of its rows,
+which changes nothing here.
 """
 
 from __future__ import annotations
