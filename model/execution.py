@@ -19,6 +19,7 @@ class Execution:
         offload_checkpoints: what checkpointing keeps waits in host memory, see `model.offload`.
         mlp_tile: tokens per tile of the MLP, see `model.tiled_mlp`; 0: all at once.
         pieces: norm, RoPE and SwiGLU, see `model.fused`.
+        fused_loss: head and loss in one pass, see `model.fused_loss`.
     """
 
     parallel: SequenceParallel | None = None
@@ -26,6 +27,7 @@ class Execution:
     offload_checkpoints: bool = False
     mlp_tile: int = 0
     pieces: Pieces = fused.PLAIN
+    fused_loss: bool = False
 
 
 PLAIN = Execution()

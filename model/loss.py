@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from conf.constants import IGNORE_INDEX
+from model.fused_loss import fused_cross_entropy
+from model.products import add_product
 
 # Bytes of one tile of fp32 logits. Two or three tiles are alive at the peak, whatever T and V are.
 TILE_BYTES = 256 * 2**20
@@ -40,17 +42,37 @@ class LossSums(NamedTuple):
 
 
 class LMHead(nn.Module):
-    """Vocabulary projection without bias. With labels it returns losses and keeps no logits."""
+    """Vocabulary projection without bias. With labels it returns losses and keeps no logits.
 
-    def __init__(self, hidden_size: int, vocab_size: int) -> None:
+    `fused`: by `model.fused_loss`, but for the gradient of single losses.
+    """
+
+    def __init__(self, hidden_size: int, vocab_size: int, fused: bool = False) -> None:
         super().__init__()
+        self.fused = fused
         self.weight = nn.Parameter(torch.empty(vocab_size, hidden_size))
 
-    def forward(self, hidden: Tensor, labels: Tensor | None = None) -> Tensor:
-        """Logits [..., V] of hidden [..., C]; or, given labels [...], losses fp32 [...], 0 where ignored."""
+    def forward(
+        self,
+        hidden: Tensor,
+        labels: Tensor | None = None,
+        *,
+        weights: Tensor | None = None,
+        summed: bool = False,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Logits [..., V] of hidden [..., C]; or, given labels [...], losses fp32 [...], 0 where ignored.
+
+        With `summed`, the sum of the losses, each times its weight if there are weights, fp32 [], and the losses.
+        A fused head gives only the sum a gradient.
+        """
         if labels is None:
             return F.linear(hidden, self.weight)
-        return tiled_cross_entropy(hidden, self.weight, labels)
+        if self.fused and (summed or not torch.is_grad_enabled()):
+            total, losses = fused_cross_entropy(hidden, self.weight, labels, weights)
+        else:
+            losses = tiled_cross_entropy(hidden, self.weight, labels)
+            total = _weighted_sum(losses, weights)
+        return (total, losses) if summed else losses
 
 
 def tiled_cross_entropy(hidden: Tensor, weight_VC: Tensor, labels: Tensor, tile_bytes: int = TILE_BYTES) -> Tensor:
@@ -94,8 +116,7 @@ class _TiledCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, grad_T: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         hidden_TC, weight_VC, labels_T, lse_T = ctx.saved_tensors
         grad_hidden = torch.empty_like(hidden_TC) if ctx.needs_input_grad[0] else None
-        # fp32 whatever the weight's dtype: hundreds of tiles are summed into it.
-        grad_weight = torch.zeros_like(weight_VC, dtype=torch.float32) if ctx.needs_input_grad[1] else None
+        grad_weight: Tensor | None = None
         for start in range(0, labels_T.numel(), ctx.tile):
             rows = slice(start, start + ctx.tile)
             hidden, valid = hidden_TC[rows], labels_T[rows] != IGNORE_INDEX
@@ -106,9 +127,13 @@ class _TiledCrossEntropy(torch.autograd.Function):
             grad = grad.to(weight_VC.dtype)
             if grad_hidden is not None:
                 grad_hidden[rows] = grad @ weight_VC
-            if grad_weight is not None:
-                grad_weight += grad.t() @ hidden
+            if ctx.needs_input_grad[1]:
+                grad_weight = add_product(grad_weight, grad, hidden)
         return grad_hidden, None if grad_weight is None else grad_weight.to(weight_VC.dtype), None, None
+
+
+def _weighted_sum(losses: Tensor, weights: Tensor | None) -> Tensor:
+    return (losses if weights is None else losses * weights).sum()
 
 
 def sum_losses(
@@ -119,6 +144,7 @@ def sum_losses(
     cu_seqlens: Tensor,
     seq_len: int,
     weights_RS: Tensor | None = None,
+    loss_sum: Tensor | None = None,
 ) -> LossSums:
     """LossSums of per-token losses, of whole rows or of some columns of them.
 
@@ -130,6 +156,7 @@ def sum_losses(
         seq_len: of whole rows.
         weights_RS: fp32, of the same tokens, 0 where ignored; None: all 1. They have no part in the trailing loss,
             which is a measure.
+        loss_sum: of the losses by weight, where it is known already; the gradient is its own.
     """
     valid = labels_RS != IGNORE_INDEX
     num_valid = valid.sum()
@@ -138,7 +165,7 @@ def sum_losses(
     full_length = (next_border == row_start + seq_len)[:, None]
     tail = full_length & valid & (positions_RS >= seq_len - trailing)
     return LossSums(
-        loss_sum=(losses_RS if weights_RS is None else losses_RS * weights_RS).sum(),
+        loss_sum=_weighted_sum(losses_RS, weights_RS) if loss_sum is None else loss_sum,
         num_valid=num_valid,
         trailing_sum=torch.where(tail, losses_RS.detach(), 0.0).sum(),
         trailing_valid=tail.sum(),

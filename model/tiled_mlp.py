@@ -18,6 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from model.fused import Pieces
 from model.hold import Held, hold
+from model.products import add_product
 
 
 def tiled_mlp(x: Tensor, gate: Tensor, up: Tensor, down: Tensor, tile: int, pieces: Pieces) -> Tensor:
@@ -62,25 +63,21 @@ class _TiledMLP(torch.autograd.Function):
         (x_TC,) = ctx.held.take()
         weights = gate, up, down = ctx.weights
         grad_TC = grad_TC.contiguous()
-        wanted = zip(weights, ctx.needs_input_grad[1:4], strict=True)
-        # fp32 whatever the weights' dtype: many tiles are summed into them.
-        sums = [torch.zeros_like(w, dtype=torch.float32) if need else None for w, need in wanted]
+        needed = ctx.needs_input_grad[1:4]
+        sums: list[Tensor | None] = [None, None, None]
         grad_x = torch.empty_like(x_TC)
         for start in range(0, x_TC.shape[0], ctx.tile):
             rows = slice(start, start + ctx.tile)
             x, grad = x_TC[rows], grad_TC[rows]
             g, u = F.linear(x, gate), F.linear(x, up)
-            _add_product(sums[2], grad, ctx.pieces.silu_mul(g, u))
+            if needed[2]:
+                sums[2] = add_product(sums[2], grad, ctx.pieces.silu_mul(g, u))
             d_gate, d_up = ctx.pieces.silu_mul_gradients(g, u, grad @ down)
-            _add_product(sums[0], d_gate, x)
-            _add_product(sums[1], d_up, x)
+            if needed[0]:
+                sums[0] = add_product(sums[0], d_gate, x)
+            if needed[1]:
+                sums[1] = add_product(sums[1], d_up, x)
             torch.matmul(d_gate, gate, out=grad_x[rows])
             grad_x[rows].addmm_(d_up, up)
         grads = (None if total is None else total.to(w.dtype) for total, w in zip(sums, weights, strict=True))
         return grad_x, *grads, None, None, None
-
-
-def _add_product(total: Tensor | None, grad: Tensor, x: Tensor) -> None:
-    """total += grad^T x, in total's dtype."""
-    if total is not None:
-        total += grad.t() @ x

@@ -120,7 +120,7 @@ class CausalLM(nn.Module):
         check_shapes(config)
         self.config, self.execution = config, execution
         self.model = Trunk(config, rope, backend, execution)
-        self.lm_head = LMHead(config.hidden_size, config.vocab_size)
+        self.lm_head = LMHead(config.hidden_size, config.vocab_size, execution.fused_loss)
         self._tie()
 
     def _tie(self) -> None:
@@ -167,11 +167,11 @@ class CausalLM(nn.Module):
         hidden = self.model(
             input_ids, positions=positions, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen, plans=plans
         )
-        losses = self.lm_head(hidden, labels)
         if per_token:
-            return losses
+            return cast(Tensor, self.lm_head(hidden, labels))
+        loss_sum, losses = self.lm_head(hidden, labels, weights=weights, summed=True)
         columns = labels.shape[1] * (self.execution.parallel.size if self.execution.parallel else 1)
-        return sum_losses(losses, labels, positions, trailing, cu_seqlens, columns, weights)
+        return sum_losses(losses, labels, positions, trailing, cu_seqlens, columns, weights, loss_sum)
 
     def token_losses(
         self,

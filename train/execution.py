@@ -5,6 +5,7 @@ from __future__ import annotations
 from conf.schema import TrainConfig
 from model.execution import Execution
 from model.fused import pieces
+from model.fused_loss import takes_fused
 from model.sequence_parallel import SequenceParallel, bytes_per_layer
 from model.shapes import head_dim
 from train.mesh import Mesh
@@ -14,7 +15,7 @@ def execution_of(config: TrainConfig, mesh: Mesh) -> Execution:
     """How this rank's model computes.
 
     Raises:
-        UserError: `engine.fused` asks for what this machine does not have.
+        UserError: `engine.fused` or `engine.loss` asks for what this machine does not have.
     """
     engine = config.engine
     return Execution(
@@ -23,6 +24,7 @@ def execution_of(config: TrainConfig, mesh: Mesh) -> Execution:
         offload_checkpoints=engine.offload_checkpoints,
         mlp_tile=engine.mlp_tile,
         pieces=pieces(engine.fused, mesh.device),
+        fused_loss=takes_fused(engine.loss, mesh.device),
     )
 
 
