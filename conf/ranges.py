@@ -134,6 +134,7 @@ RANGES: dict[type, dict[str, Range]] = {
     s.GenerateConfig: {"batch": _COUNT, "chunk": _ZERO_OR_MORE},
     s.LmEvalConfig: {"shots": Range(-1), "limit": _ZERO_OR_MORE, "max_length": _ZERO_OR_MORE},
     s.BenchConfig: {"documents": _COUNT, "flash_up_to": _ZERO_OR_MORE},
+    s.StudyConfig: {"workers": _COUNT, "minutes": _ZERO_OR_MORE},
     s.GateConfig: {"seq_len": _ZERO_OR_MORE, "queries": _COUNT},
     s.PlanConfig: {"host_gib": _ZERO_OR_MORE},
     s.GenerateBenchConfig: {

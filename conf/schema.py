@@ -529,6 +529,25 @@ class LoaderBenchConfig:
     out: str = ""  # JSON file; empty: only the lines
 
 
+@dataclass
+class StudyConfig:
+    """Root of `moba study NAME`: a plan of conf/study/, run at one of its scales."""
+
+    name: str = MISSING  # a plan: parity | trailing | granularity | sft_hybrid | extension | speed; or list
+    scale: str = "tiny"  # a scale of the plan: tiny (a CPU, a minute) | h200 (one GPU, minutes), or one you add
+    out: str = ""  # folder of page, JSON and plots; empty: docs/results/NAME, for tiny runs/study/NAME-tiny/results
+    runs: str = ""  # run folders of the arms; empty: runs/study/NAME-SCALE
+    data: str = ""  # folder of the prepared text; empty: runs/data/study-CHARS, made when it is not there
+    text: list[str] = field(default_factory=list)  # folders of text, a package each; empty: what Python has here
+    arms: list[str] = field(default_factory=list)  # only arms whose names begin so; empty: all
+    seeds: list[int] = field(default_factory=list)  # empty: those of the scale
+    set: list[str] = field(default_factory=list)  # overrides of `moba train` for every arm, after those of the plan
+    workers: int = 1  # processes side by side on this machine, each with arms of its own
+    joined: bool = True  # arms one after another in a worker's process; false: each a `moba train` of its own
+    minutes: float = 0.0  # after so many no arm is begun; 0: no limit
+    report: bool = False  # only the page and the plots, from the results that are there
+
+
 ROOTS: dict[str, type[Any]] = {
     "train": TrainConfig,
     "prepare": PrepareConfig,
@@ -540,6 +559,7 @@ ROOTS: dict[str, type[Any]] = {
     "bench_step": StepBenchConfig,
     "bench_generate": GenerateBenchConfig,
     "bench": BenchConfig,
+    "study": StudyConfig,
 }
 
 
