@@ -17,7 +17,7 @@ from launch.init import Completion, check_origin, check_sets, complete_ropes
 from launch.preview import num_steps, plans_text, print_plan
 from launch.rundir import check_same, check_timely, record_changes, run_lock
 from launch.stages import read_progress
-from launch.start import starter
+from launch.start import Start, starter
 
 
 def resolve(overrides: Sequence[str]) -> TrainConfig:
@@ -31,12 +31,15 @@ def resolve(overrides: Sequence[str]) -> TrainConfig:
     return complete_ropes(config, completion.origin.rope if completion.origin else None)
 
 
-def run(config: TrainConfig) -> int:
-    """Train, or go on training, the run in `config.out`. Returns the exit code."""
+def run(config: TrainConfig, begin: Start | None = None) -> int:
+    """Train, or go on training, the run in `config.out`. Returns the exit code.
+
+    `begin`: what starts the workers, where not `config.launch` says it.
+    """
     if not config.out:
         raise UserError("out is empty: give the folder of the run, as out=runs/x")
     validate(config, config.launch.world)
-    begin = starter(config.launch)
+    begin = begin or starter(config.launch)
     paths = RunPaths(Path(config.out))
     check_same(config, paths)
     if config.dry_run:
