@@ -16,7 +16,7 @@ PLAIN_TEMPLATE = (
     "{% if add_generation_prompt %}{{ '\\n\\nassistant:\\n' }}{% endif %}"
 )
 
-Segment = tuple[str, bool]  # text, and whether loss is taken on it
+Segment = tuple[str, float]  # text, and its weight in the loss: 0 for prompts
 
 
 class ChatError(ValueError):
@@ -32,8 +32,9 @@ def check_template(hf: Any, where: str) -> None:
         )
 
 
-def segments(hf: Any, messages: Sequence[Message]) -> list[Segment]:
+def segments(hf: Any, messages: Sequence[Message], weights: Sequence[float] = ()) -> list[Segment]:
     """The rendered conversation in turn: a prompt (no loss), an answer of the assistant (loss), a prompt, ...
+    `weights`: of each message in the loss; empty: 1.
 
     An answer is what the template adds for it after its generation prompt, end-of-turn marks included. What
     follows the last answer is left out: nothing would be learnt from it. Concatenated, the texts are exactly the
@@ -52,7 +53,7 @@ def segments(hf: Any, messages: Sequence[Message]) -> list[Segment]:
         whole = _render(hf, messages[: index + 1], False)
         if not prompt.startswith(done) or not whole.startswith(prompt):
             raise ChatError("the chat template does not keep earlier turns as they are")
-        parts += [(prompt[len(done) :], False), (whole[len(prompt) :], True)]
+        parts += [(prompt[len(done) :], 0.0), (whole[len(prompt) :], weights[index] if weights else 1.0)]
         done = whole
     return parts
 

@@ -18,7 +18,7 @@ BATCH_CHARS, BATCH_DOCS = 1 << 20, 512  # one call of the tokenizer
 
 @dataclass(frozen=True)
 class Encoded:
-    """One document. `ids` [n] ends in eos; `loss` bool [n]: whether the token is a target, None for all."""
+    """One document. `ids` [n] ends in eos; `loss` fp32 [n]: weight of the token as a target, None for 1."""
 
     name: str
     ids: np.ndarray
@@ -31,7 +31,7 @@ def batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
     chars = 0
     for document in documents:
         batch.append(document)
-        chars += len(document.plain)
+        chars += document.size
         if chars >= BATCH_CHARS or len(batch) >= BATCH_DOCS:
             yield batch
             batch, chars = [], 0
@@ -42,14 +42,22 @@ def batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
 def encode(
     documents: Sequence[Document], tokenizer: Encoder, read: ReadConfig, masked: bool, on_bad: OnBad
 ) -> Iterator[Encoded]:
-    """The documents, in order; what the chat template refuses goes to `on_bad`.
+    """The documents, in order; what the chat template refuses, and unknown token ids, go to `on_bad`.
 
-    `masked`: the set has a loss mask, and every document gets one.
+    `masked`: parts of the documents are no targets.
     """
     eos = tokenizer.eos_id
+    if read.kind == "tokens":
+        for document in documents:
+            if document.ids is not None and int(document.ids.max()) < tokenizer.vocab_size:
+                yield _with_eos(document, document.ids, eos)
+            else:
+                on_bad(document.name, "a token id that the tokenizer does not have")
+        return
     if not masked:
         for document, ids in zip(documents, tokenizer.encode_batch([d.text for d in documents]), strict=True):
-            yield Encoded(document.name, np.array([*ids, eos]), None)
+            weights = np.full(len(ids) + 1, document.weights[0], np.float32) if document.weights else None
+            yield Encoded(document.name, np.array([*ids, eos]), weights)
         return
     chat = read.kind == "chat"
     parts: list[list[Segment]] = []
@@ -68,15 +76,27 @@ def encode(
         loss = [on for piece, on in pieces for _ in piece]
         if ids[-1] != eos:  # a template's own end of turn teaches where to stop; else the end of text does
             ids.append(eos)
-            loss.append(not chat)
-        yield Encoded(document.name, np.array(ids), np.array(loss))
+            loss.append(0.0 if chat else 1.0)
+        yield Encoded(document.name, np.array(ids), np.array(loss, dtype=np.float32))
+
+
+def _with_eos(document: Document, ids: np.ndarray, eos: int) -> Encoded:
+    """Ids that were given. An eos that was not among them is no target, unless all of the document is."""
+    whole = ids if ids[-1] == eos else np.append(ids, eos)
+    given = document.weights
+    if not given:
+        return Encoded(document.name, whole, None)
+    weights = np.full(len(whole), given[0] if len(given) == 1 else 0, dtype=np.float32)
+    if len(given) > 1:
+        weights[: len(given)] = given
+    return Encoded(document.name, whole, weights)
 
 
 def _segments(document: Document, tokenizer: Encoder) -> list[Segment]:
     if document.messages:
         assert isinstance(tokenizer, Tokenizer)  # see `data.parts.Job.light`
-        return segments(tokenizer.hf, document.messages)
-    return [(document.text, False), (document.answer, True)]
+        return segments(tokenizer.hf, document.messages, document.weights)
+    return [(document.text, 0.0), (document.answer, 1.0)]
 
 
 def check_encodable(tokenizer: Tokenizer, read: ReadConfig, where: str) -> None:

@@ -19,6 +19,7 @@ class Encoder:
         self._backend.encode_special_tokens = True  # text is text, whatever it spells
         self._backend.no_padding()
         self._backend.no_truncation()
+        self.vocab_size: int = max(backend.get_vocab(with_added_tokens=True).values()) + 1
 
     def encode(self, text: str) -> list[int]:
         """Token ids of `text`, without special tokens."""

@@ -9,9 +9,10 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from conf.constants import IGNORE_INDEX
+from conf.domains import rule_of
 from conf.schema import StageConfig
 from data.balance import deal
-from data.packing import Documents, build_row
+from data.packing import Documents
 from data.shuffle import key_of, permute
 from data.source import StageSource
 from data.store import TokenStore
@@ -26,12 +27,13 @@ BALANCE_STEPS = 8  # steps for which the ranks' attention costs are compared
 class DomainReport:
     """One domain. `tokens` and `padding` are of the rows looked at; `by_length` maps a power of two n to tokens in
     documents of more than n / 2 and at most n tokens; `epochs` is how often the stage sees each of its rows.
-    `targets`: share of the tokens that carry loss."""
+    `targets`: share of the tokens that carry loss; `weight`: mean weight of these."""
 
     documents: int
     left_out: int
     epochs: float
     targets: float
+    weight: float
     rows: int = 0
     tokens: int = 0
     padding: int = 0
@@ -69,10 +71,14 @@ def inspect(
             documents=documents.num_docs,
             left_out=max(0, sets[domain].num_docs - _different(documents)),
             epochs=share[domain] * total / source.packed[domain].num_rows,
-            targets=_targets(source, domain, stage.seq_len) if sets[domain].masked else 1.0,
+            targets=1.0,
+            weight=rule_of(stage.data, domain).loss_weight,
         )
         for domain, documents in source.documents.items()
     }
+    for domain, report in domains.items():
+        if sets[domain].masked or sets[domain].weighted:
+            report.targets, report.weight = _targets(source, domain)
     for number in range(rows):
         sample = number if rows == total else permute(number, total, key_of("inspect", seed, name))
         domain, pieces = source.pieces(sample)
@@ -92,14 +98,17 @@ def _different(documents: Documents) -> int:
     return int(np.unique(documents.ids).size) if isinstance(documents, View) else documents.num_docs
 
 
-def _targets(source: StageSource, domain: str, seq_len: int) -> float:
-    packed, valid, tokens = source.packed[domain], 0, 0
+def _targets(source: StageSource, domain: str) -> tuple[float, float]:
+    """(share of the tokens that carry loss, mean weight of these), over the first rows of a domain."""
+    packed, valid, tokens, weight = source.packed[domain], 0, 0, 0.0
     for index in range(min(packed.num_rows, MASKED_ROWS)):
         pieces = packed.pieces(index, 0)
-        row = build_row(source.documents[domain], pieces, seq_len)
-        valid += int((row.labels != IGNORE_INDEX).sum())
+        row = source.build(domain, pieces)
+        own = int((row.labels != IGNORE_INDEX).sum())
+        valid += own
         tokens += int(pieces.size.sum())
-    return valid / max(tokens, 1)
+        weight += own if row.weights is None else float(row.weights.sum())
+    return valid / max(tokens, 1), weight / max(valid, 1)
 
 
 def _imbalance(source: StageSource, stage: StageConfig, world: int) -> tuple[float, float]:

@@ -7,11 +7,13 @@ import json
 import queue
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
 
+from conf.constants import IGNORE_INDEX
 from conf.errors import UserError
 from conf.schema import StageConfig
 from data.balance import deal
@@ -123,12 +125,14 @@ class TrainLoader:
 def heldout_batches(store: TokenStore, seq_len: int, tokens: int, rows_per_batch: int = 1) -> Iterator[Batch]:
     """The first `tokens` tokens of `store` (rounded up to whole rows, at most all), packed, always the same.
 
-    The last batch may have fewer rows; padding in the last row carries no label.
+    The last batch may have fewer rows; padding in the last row carries no label. Without weights: a measure counts
+    each target once.
     """
     packing = ConcatPacking(store, seq_len)
     num_rows = min(-(-tokens // seq_len), packing.num_rows)
     for start in range(0, num_rows, rows_per_batch):
-        yield collate([packing.row(i) for i in range(start, min(start + rows_per_batch, num_rows))])
+        batch = collate([packing.row(i) for i in range(start, min(start + rows_per_batch, num_rows))])
+        yield replace(batch, weights=None)
 
 
 def long_documents(store: TokenStore, seq_len: int, tokens: int) -> Iterator[Batch]:
@@ -140,11 +144,15 @@ def long_documents(store: TokenStore, seq_len: int, tokens: int) -> Iterator[Bat
     long_enough = np.flatnonzero(np.diff(store.offsets) > seq_len)
     for doc in long_enough[: -(-tokens // seq_len)]:
         one = np.array([int(doc)]), np.zeros(1, np.int64), np.array([seq_len])
-        yield collate([build_row(store, Pieces(*one), seq_len)])
+        yield replace(collate([build_row(store, Pieces(*one), seq_len)]), weights=None)
 
 
 def collate(rows: Sequence[Row]) -> Batch:
-    """Rows [S] to one batch [R, S]."""
+    """Rows [S] to one batch [R, S]. If some rows have weights, the labels of the others weigh 1."""
+    weights = None
+    if any(row.weights is not None for row in rows):
+        given = [(row.labels != IGNORE_INDEX) if row.weights is None else row.weights for row in rows]
+        weights = torch.from_numpy(np.stack(given).astype(np.float32, copy=False))
     positions = np.stack([row.positions for row in rows])
     borders, longest = cu_seqlens_of(positions)
     return Batch(
@@ -153,6 +161,7 @@ def collate(rows: Sequence[Row]) -> Batch:
         positions=torch.from_numpy(positions),
         cu_seqlens=torch.from_numpy(borders),
         max_seqlen=longest,
+        weights=weights,
     )
 
 

@@ -41,8 +41,9 @@ class FileInfo:
 @dataclass(frozen=True)
 class Manifest:
     """Everything a reader must know. `settings` are the ones that decide the content; `skipped` counts the
-    records that could not be used by reason (places are in `skipped.jsonl`); `masked` sets have a loss mask
-    beside every shard; `source` tells what was read (see `data.origin`), its files are in `source.jsonl`."""
+    records that could not be used by reason (places are in `skipped.jsonl`); beside every shard, `masked` sets
+    have a loss mask and `weighted` ones weights; `source` tells what was read (see `data.origin`), its files are
+    in `source.jsonl`."""
 
     settings: dict[str, Any]
     tokenizer_fingerprint: str
@@ -53,6 +54,7 @@ class Manifest:
     files: dict[str, FileInfo] = field(default_factory=dict)
     version: int = VERSION
     masked: bool = False
+    weighted: bool = False
     source: dict[str, Any] = field(default_factory=dict)
 
 

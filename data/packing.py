@@ -25,7 +25,8 @@ class Documents(Protocol):
 
     def doc(self, i: int) -> np.ndarray: ...
 
-    def loss(self, i: int) -> np.ndarray | None: ...
+    def loss(self, i: int) -> np.ndarray | None:
+        """Of each token of document `i`: uint8, 1 where it is a target, or fp32, its weight; None: all count 1."""
 
 
 class Pieces(NamedTuple):
@@ -46,19 +47,24 @@ class Packing(Protocol):
 
 @dataclass(frozen=True)
 class Row:
-    """One packed row, int64 [S] each. See `data.batch.Batch` for the meaning."""
+    """One packed row, int64 [S] each, weights fp32 [S] or None. See `data.batch.Batch` for the meaning."""
 
     input_ids: np.ndarray
     labels: np.ndarray
     positions: np.ndarray
+    weights: np.ndarray | None = None
 
 
-def build_row(documents: Documents, pieces: Pieces, seq_len: int, pad_id: int = 0) -> Row:
+def build_row(
+    documents: Documents, pieces: Pieces, seq_len: int, pad_id: int = 0, loss_weight: float = 1.0
+) -> Row:
     """The row: positions restart at each piece; what remains is padding, without labels, a piece of its own.
 
     The label of a piece's last token is the document's next token, if it has one: no target is lost by a cut.
-    Tokens that the document's loss mask leaves out are no labels.
+    Tokens that the document's loss mask leaves out, or that weigh nothing, are no labels. `loss_weight` is a
+    factor on all weights; rows without weights have none as long as it is 1.
     """
+    weights: np.ndarray | None = None
     input_ids = np.full(seq_len, pad_id, dtype=np.int64)
     labels = np.full(seq_len, IGNORE_INDEX, dtype=np.int64)
     positions = np.arange(seq_len, dtype=np.int64)
@@ -69,11 +75,18 @@ def build_row(documents: Documents, pieces: Pieces, seq_len: int, pad_id: int = 
         input_ids[filled:end] = tokens[:size]
         labels[filled : filled + targets] = tokens[1:]
         if (loss := documents.loss(doc)) is not None:
-            labels[filled : filled + targets][loss[skip + 1 : skip + 1 + targets] == 0] = IGNORE_INDEX
+            own = loss[skip + 1 : skip + 1 + targets]
+            labels[filled : filled + targets][own == 0] = IGNORE_INDEX
+            if own.dtype == np.float32:
+                weights = np.zeros(seq_len, dtype=np.float32) if weights is None else weights
+                weights[filled : filled + targets] = own
         positions[filled:end] -= filled
         filled = end
     positions[filled:] -= filled
-    return Row(input_ids, labels, positions)
+    if loss_weight != 1.0:
+        counted = (labels != IGNORE_INDEX) if weights is None else weights
+        weights = np.float32(loss_weight) * counted.astype(np.float32)
+    return Row(input_ids, labels, positions, weights)
 
 
 class ConcatPacking:

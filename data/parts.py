@@ -46,6 +46,7 @@ class Job:
     synthetic: SyntheticConfig
     dtype: str
     masked: bool
+    weighted: bool
     eos_id: int
     light: bool
 
@@ -103,7 +104,8 @@ def run_part(
         skipped.append((place, reason))
 
     writers = {
-        s: ShardWriter(job.folder, f"{s}-{number:05d}.bin", np.dtype(job.dtype), job.masked) for s in SPLITS
+        s: ShardWriter(job.folder, f"{s}-{number:05d}.bin", np.dtype(job.dtype), job.masked, job.weighted)
+        for s in SPLITS
     }
     try:
         found = (d for u in units for d in documents_of(u, job.read, job.synthetic, tokenizer, on_bad))
@@ -113,13 +115,18 @@ def run_part(
                 split = "heldout" if is_heldout(one.name, job.heldout) else "train"
                 writers[split].add(one.name, one.ids, one.loss)
                 tokens += len(one.ids)
-            text = sum(len(document.plain.encode("utf-8", "replace")) for document in batch)
+            text = sum(_source_bytes(document) for document in batch)
             report(len(batch), tokens, text)
         shards = {split: writer.finish() for split, writer in writers.items()}
     finally:
         for writer in writers.values():
             writer.abort()
     _save(job.folder, Part(number, shards, skipped))
+
+
+def _source_bytes(document: Document) -> int:
+    """About what it takes in its source, for the progress bar: a token id is five digits and a comma."""
+    return len(document.plain.encode("utf-8", "replace")) if document.ids is None else 6 * len(document.ids)
 
 
 def _save(folder: Path, part: Part) -> None:

@@ -1,7 +1,7 @@
 """Text -> tokenizer -> memory-mapped token shards: a set appears complete or not at all.
 
 A prepared set is a folder: `manifest.json`, `tokenizer/`, and for each split (`train`, `heldout`) the shards
-`<split>-00000.bin` (uint16 or uint32 tokens; with `.bin.loss`, a byte a token, in masked sets),
+`<split>-00000.bin` (uint16 or uint32 tokens; with `.bin.loss` a mask, a byte a token, or weights, fp32),
 `<split>-starts.npy` and `<split>-offsets.npy`. Records that could not be used are listed in `skipped.jsonl`, the
 files read in `source.jsonl`.
 """
@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from conf.domains import trained_whole
 from conf.errors import UserError
 from conf.schema import DataConfig, ReadConfig, SyntheticConfig, TokenizerConfig
 from data.encode import check_encodable
@@ -29,7 +30,7 @@ from data.origin import SOURCE_FILE, describe, save_list
 from data.parts import Job, Part, clear_records, group, part_bytes
 from data.pool import run_parts
 from data.readers import read_unit
-from data.sources import SYNTHETIC, SourceFile, Unit, cut, hash_order, list_files
+from data.sources import SourceFile, Unit, cut, hash_order, list_files
 from data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from data.writer import is_heldout, write_split
 
@@ -72,6 +73,7 @@ def prepare(
         warn_if_changed(out, source, read, synthetic)
         return ready
     files = list_files(source, read, synthetic)
+    _check_records(source, files, read)
     with exclusive_sibling(out) as tmp:
         if (ready := existing(out, settings, read)) is not None:  # another process was faster
             return ready
@@ -80,11 +82,11 @@ def prepare(
         words = _make_tokenizer(units, heldout, tokenizer, read, tmp / TOKENIZER_FOLDER)
         check_encodable(words, read, tokenizer.path)
         dtype = "uint16" if words.vocab_size < 1 << 16 else "uint32"
-        masked = read.kind == "chat" or (source == SYNTHETIC and synthetic.loss == "answer")
         folder = tmp / TOKENIZER_FOLDER
         light = load_encoder(folder, words.eos_id).model_fingerprint == words.model_fingerprint
         job = Job(
-            tmp, source, folder, heldout, read, synthetic, dtype, masked, words.eos_id,
+            tmp, source, folder, heldout, read, synthetic, dtype,
+            trained_whole(source, read, synthetic), bool(read.weight), words.eos_id,
             light=light and read.kind != "chat",
         )  # fmt: skip
         groups = group(units, part_bytes(sum(file.bytes for file in files)))
@@ -142,6 +144,12 @@ def _continue_or_clear(tmp: Path, settings: dict[str, Any], units: list[Unit]) -
     path.write_text(plan, encoding="utf-8")
 
 
+def _check_records(source: str, files: list[SourceFile], read: ReadConfig) -> None:
+    if (read.weight or read.kind != "text") and all(f.kind in ("text", "repo", "synthetic") for f in files):
+        key = f"weight={read.weight}" if read.weight else f"kind={read.kind}"
+        raise UserError(f"read.{key} needs records (JSONL, parquet, arrow or a hub data set); {source} has none")
+
+
 def _make_tokenizer(
     units: list[Unit],
     heldout: float,
@@ -160,6 +168,8 @@ def _make_tokenizer(
         raise UserError(
             "source synthetic needs a tokenizer: give tokenizer.path, as FOLDER/tokenizer of another set"
         )
+    elif read.kind == "tokens":
+        raise UserError("read.kind=tokens needs the tokenizer that made the ids: give tokenizer.path")
     else:
         tokenizer = train_tokenizer(_sample(units, heldout, config, read), config.train_vocab_size, partial)
     partial.rename(out)
@@ -205,7 +215,7 @@ def _finish(
         listed[path.relative_to(tmp).as_posix()] = FileInfo(path.stat().st_size, sha256_of(path))
     return Manifest(
         settings, tokenizer.fingerprint, tokenizer.vocab_size, np.dtype(job.dtype).name, splits, dict(skipped),
-        listed, masked=job.masked, source=describe(sources),
+        listed, masked=job.masked, weighted=job.weighted, source=describe(sources),
     )  # fmt: skip
 
 

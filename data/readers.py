@@ -12,11 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from conf.errors import UserError
 from conf.schema import ReadConfig
 from data.cutting import parquet_file
 from data.lines import read_lines
 from data.sources import SourceFile, Unit, repository_files
+from data.weights import message_weights, token_ids, token_weights
 
 OnBad = Callable[[str, str], None]
 Message = Mapping[str, str]
@@ -30,13 +33,22 @@ class Document:
     """`name` is stable and unique within its source: the split and the order of documents derive from it.
 
     Plain text; or a conversation (`messages`, each with role and content); or `text` with an `answer` behind it,
-    which alone carries loss.
+    which alone carries loss; or token ids, int64 [n].
+
+    `weights` in the loss: of the whole document, a single one; of each message; of each token, n. Empty: all 1.
     """
 
     name: str
     text: str = ""
     messages: tuple[Message, ...] = ()
     answer: str = ""
+    ids: np.ndarray | None = None
+    weights: tuple[float, ...] = ()
+
+    @property
+    def size(self) -> int:
+        """Characters, or tokens."""
+        return len(self.plain) if self.ids is None else len(self.ids)
 
     @property
     def plain(self) -> str:
@@ -55,22 +67,21 @@ def read_unit(unit: Unit, read: ReadConfig, on_bad: OnBad) -> Iterator[Document]
         records = {"jsonl": _jsonl, "parquet": _parquet, "arrow": _arrow, "hub": _hub}[unit.file.kind]
         wanted = field_of(read)
         for place, record in records(unit, read, on_bad):
-            yield from _checked(place, record.get(wanted) if isinstance(record, Mapping) else None, read, on_bad)
+            fields = record if isinstance(record, Mapping) else {}
+            yield from _checked(place, fields.get(wanted), read, on_bad, fields.get(read.weight))
 
 
 def field_of(read: ReadConfig) -> str:
-    return read.field or ("messages" if read.kind == "chat" else "text")
+    return read.field or {"chat": "messages", "tokens": "input_ids"}.get(read.kind, "text")
 
 
-def _checked(place: str, value: Any, read: ReadConfig, on_bad: OnBad) -> Iterator[Document]:
-    """The document, if `value` is text (or a conversation) that can be used."""
+def _checked(place: str, value: Any, read: ReadConfig, on_bad: OnBad, weight: Any = None) -> Iterator[Document]:
+    """The document, if `value` (and its `weight`) can be used."""
     try:
-        document = Document(place, messages=_messages(value)) if read.kind == "chat" else Document(place, value)
-        if not document.messages and not isinstance(value, str):
-            raise ValueError(f"field `{field_of(read)}` is missing or no string")
-        if not document.plain:
+        document = _document(place, value, read, weight)
+        if not document.size:
             raise ValueError("empty")
-        if len(document.plain) > read.max_chars:
+        if document.size > read.max_chars:
             raise ValueError("longer than read.max_chars")
         document.plain.encode("utf-8")  # a lone surrogate, e.g. from the JSON escape \ud800, has no UTF-8 form
     except UnicodeEncodeError:
@@ -79,6 +90,18 @@ def _checked(place: str, value: Any, read: ReadConfig, on_bad: OnBad) -> Iterato
         on_bad(place, str(error))
     else:
         yield document
+
+
+def _document(place: str, value: Any, read: ReadConfig, weight: Any) -> Document:
+    """ValueError, with the reason, if it is none."""
+    if read.kind == "chat":
+        return Document(place, messages=_messages(value), weights=message_weights(value, read.weight))
+    if read.kind == "tokens":
+        ids = token_ids(value, field_of(read))
+        return Document(place, ids=ids, weights=token_weights(weight, len(ids)) if read.weight else ())
+    if not isinstance(value, str):
+        raise ValueError(f"field `{field_of(read)}` is missing or no string")
+    return Document(place, value, weights=token_weights(weight, 1) if read.weight else ())
 
 
 def _messages(value: Any) -> tuple[Message, ...]:
@@ -135,12 +158,15 @@ def _jsonl(unit: Unit, read: ReadConfig, on_bad: OnBad) -> Iterator[tuple[str, A
 
 def _parquet(unit: Unit, read: ReadConfig, on_bad: OnBad) -> Iterator[tuple[str, Any]]:
     file = parquet_file(unit.file.path)
-    wanted = field_of(read)
-    if wanted not in file.schema_arrow.names:
-        names = ", ".join(file.schema_arrow.names)
-        raise UserError(f"{unit.file.path}: has no column {wanted}; set read.field to one of {names}")
+    columns = {"field": field_of(read)}
+    if read.weight and read.kind != "chat":
+        columns["weight"] = read.weight
+    for key, column in columns.items():
+        if column not in file.schema_arrow.names:
+            names = ", ".join(file.schema_arrow.names)
+            raise UserError(f"{unit.file.path}: has no column {column}; set read.{key} to one of {names}")
     groups = range(unit.start, unit.stop or file.num_row_groups)
-    yield from _rows(unit, file.iter_batches(64, row_groups=list(groups), columns=[wanted]))
+    yield from _rows(unit, file.iter_batches(64, row_groups=list(groups), columns=list(columns.values())))
 
 
 def _arrow(unit: Unit, read: ReadConfig, on_bad: OnBad) -> Iterator[tuple[str, Any]]:

@@ -19,7 +19,7 @@ from conf.schema import StageConfig
 from data.packing import ConcatPacking, Documents, Packing, Pieces, PlannedPacking, Row, best_fit, build_row
 from data.shuffle import key_of, permute
 from data.store import TokenStore
-from data.view import View, cached, is_plain, long_rule, rule_key, select
+from data.view import View, cached, is_plain, long_rule, rule_key, select, table_key
 
 _UNIT = 1 << 32  # weights are rounded to multiples of 1 / _UNIT: exact arithmetic, the same on every machine
 
@@ -75,6 +75,7 @@ class StageSource:
         self._seed, self._name = seed, name
         self.mixture = Mixture(stage.data.domains)
         self.seq_len = stage.seq_len
+        self._rules = {domain: rule_of(stage.data, domain) for domain in stage.data.domains}
         self._sets = {domain: sets[domain] for domain in stage.data.domains}
         self.documents = {domain: _documents(stage, domain, store) for domain, store in self._sets.items()}
         self.packed = {
@@ -89,7 +90,7 @@ class StageSource:
             "weights": {domain: float(stage.data.domains[domain]) for domain in sorted(self._sets)},
             "sets": {domain: self._sets[domain].fingerprint for domain in sorted(self._sets)},
         }
-        rules = {domain: rule_key(rule_of(stage.data, domain)) for domain in sorted(self._sets)}
+        rules = {domain: rule_key(self._rules[domain]) for domain in sorted(self._sets)}
         if any(rules.values()):
             self.identity["rules"] = {domain: rule for domain, rule in rules.items() if rule}
         if stage.data.packing == "best_fit":
@@ -111,8 +112,12 @@ class StageSource:
 
     def row(self, i: int) -> Row:
         """Sample `i` of the stage."""
-        domain, pieces = self.pieces(i)
-        return build_row(self.documents[domain], pieces, self.seq_len)
+        return self.build(*self.pieces(i))
+
+    def build(self, domain: str, pieces: Pieces) -> Row:
+        """The row of these pieces of a domain's documents."""
+        weight = self._rules[domain].loss_weight
+        return build_row(self.documents[domain], pieces, self.seq_len, loss_weight=weight)
 
     def cost(self, i: int) -> int:
         """Attention cost of sample `i`: the sum of the squared lengths of its pieces."""
@@ -125,7 +130,7 @@ def _documents(stage: StageConfig, domain: str, store: TokenStore) -> Documents:
     rule = rule_of(stage.data, domain)
     if is_plain(rule, store.masked):
         return store
-    key: dict[str, Any] = {"kind": "select", "rule": rule_key(rule), "seq_len": stage.seq_len}
+    key: dict[str, Any] = {"kind": "select", "rule": table_key(rule), "seq_len": stage.seq_len}
     where = f"data.rules.{domain} of the stage"
     lengths = np.diff(store.offsets)
     return View(store, cached(store, key, lambda: select(lengths, rule, stage.seq_len, store.masked, where)))
@@ -134,7 +139,7 @@ def _documents(stage: StageConfig, domain: str, store: TokenStore) -> Documents:
 def _packing(stage: StageConfig, domain: str, store: TokenStore, documents: Documents) -> Packing:
     if stage.data.packing == "concat":
         return ConcatPacking(documents, stage.seq_len)
-    rule, window = rule_key(rule_of(stage.data, domain)), stage.data.window
+    rule, window = table_key(rule_of(stage.data, domain)), stage.data.window
     key = {"kind": "best_fit", "rule": rule, "seq_len": stage.seq_len, "window": window}
     build = functools.partial(best_fit, np.diff(documents.offsets), stage.seq_len, window)
     return PlannedPacking(cached(store, key, build))

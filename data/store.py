@@ -10,7 +10,7 @@ import numpy as np
 
 from conf.errors import UserError
 from data.manifest import SPLITS, check_hashes, check_sizes, load_manifest
-from data.writer import LOSS_SUFFIX
+from data.writer import LOSS_SUFFIX, loss_dtype
 
 
 class TokenStore:
@@ -55,13 +55,21 @@ class TokenStore:
         return self._view(i, "", self._dtype)
 
     def loss(self, i: int) -> np.ndarray | None:
-        """uint8 [doc_length(i)]: 1 where a token of document `i` is a target of training; None: all are."""
-        return self._view(i, LOSS_SUFFIX, np.dtype(np.uint8)) if self.masked else None
+        """Of each token of document `i` [doc_length(i)]: uint8, 1 where it is a target of training, or fp32, its
+        weight in the loss; None: all are targets and weigh 1."""
+        if not (self.masked or self.weighted):
+            return None
+        return self._view(i, LOSS_SUFFIX, loss_dtype(self.weighted))
 
     @property
     def masked(self) -> bool:
-        """Whether the documents have a loss mask."""
+        """Whether parts of documents are no targets: such documents are trained on whole, or not at all."""
         return self.manifest.masked
+
+    @property
+    def weighted(self) -> bool:
+        """Whether tokens have weights in the loss."""
+        return self.manifest.weighted
 
     def _view(self, i: int, suffix: str, dtype: np.dtype) -> np.ndarray:
         start = int(self._starts[i])

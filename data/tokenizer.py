@@ -51,7 +51,6 @@ class Tokenizer(Encoder):
         self.hf = hf
         self.bos_id: int | None = None if hf.bos_token_id is None else int(hf.bos_token_id)
         self._sentencepiece = sentencepiece
-        self.vocab_size: int = max(self._backend.get_vocab(with_added_tokens=True).values()) + 1
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of `ids`. Control tokens (bos, eos, ...) have no text."""

@@ -103,6 +103,11 @@ def rule_key(rule: DomainRule) -> dict[str, Any]:
     return changed
 
 
+def table_key(rule: DomainRule) -> dict[str, Any]:
+    """As `rule_key`, of what decides which documents there are and in what order."""
+    return {key: value for key, value in rule_key(rule).items() if key != "loss_weight"}
+
+
 def cached(store: TokenStore, key: dict[str, Any], build: Callable[[], Tables]) -> Tables:
     """The tables that `build` makes of the content of `store` and `key`, kept beside the set and memory-mapped.
 

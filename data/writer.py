@@ -42,12 +42,20 @@ class Shard:
     lengths: np.ndarray
 
 
-class ShardWriter:
-    """Appends documents to `<name>` in `folder` and, if `masked`, their loss masks to `<name>.loss` (one byte a
-    token). Without documents there is no file."""
+def loss_dtype(weighted: bool) -> np.dtype:
+    """Of the files beside the shards: a mask, or the weights of the tokens in the loss."""
+    return np.dtype(np.float32 if weighted else np.uint8)
 
-    def __init__(self, folder: Path, name: str, dtype: np.dtype, masked: bool = False) -> None:
-        self._folder, self._name, self._dtype, self._masked = folder, name, dtype, masked
+
+class ShardWriter:
+    """Appends documents to `<name>` in `folder` and, if `masked` or `weighted`, which of their tokens are targets
+    (uint8), or how much these weigh (fp32), to `<name>.loss`. Without documents there is no file."""
+
+    def __init__(
+        self, folder: Path, name: str, dtype: np.dtype, masked: bool = False, weighted: bool = False
+    ) -> None:
+        self._folder, self._name, self._dtype = folder, name, dtype
+        self._loss_dtype = loss_dtype(weighted) if masked or weighted else None
         self._outputs: dict[str, _Output] = {}
         self._order: list[int] = []
         self._lengths: list[int] = []
@@ -55,9 +63,9 @@ class ShardWriter:
     def add(self, name: str, ids: Sequence[int] | np.ndarray, loss: np.ndarray | None = None) -> None:
         """Append one document (its eos included)."""
         self._append(self._name, np.asarray(ids, dtype=self._dtype))
-        if self._masked:
-            mask = np.ones(len(ids), dtype=np.uint8) if loss is None else loss.astype(np.uint8)
-            self._append(self._name + LOSS_SUFFIX, mask)
+        if self._loss_dtype is not None:
+            given = np.ones(len(ids)) if loss is None else loss
+            self._append(self._name + LOSS_SUFFIX, given.astype(self._loss_dtype))
         self._order.append(hash_of_name(name)[1])
         self._lengths.append(len(ids))
 

@@ -58,7 +58,9 @@ def show(name: str, report: StageReport, world: int) -> None:
         )
     )
     table = Table()
-    titles = ("domain", "share", "epochs", "documents", "left out", "padding", "in cut documents", "with loss")
+    titles = (
+        "domain", "share", "epochs", "documents", "left out", "padding", "in cut documents", "with loss", "weight",
+    )  # fmt: skip
     for title in titles:
         table.add_column(title, justify="left" if title == "domain" else "right")
     total = sum(one.tokens for one in report.domains.values())
@@ -72,6 +74,7 @@ def show(name: str, report: StageReport, world: int) -> None:
             f"{one.padding / max(one.rows * report.seq_len, 1):.2%}",
             f"{one.cut / max(one.tokens, 1):.1%}",
             f"{one.targets:.1%}",
+            f"{one.weight:.3g}",
         )
     out.print(table)
     out.print(_lengths(report, total))

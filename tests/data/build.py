@@ -33,26 +33,28 @@ def write_store(
     heldout: Sequence[Sequence[int]] = (),
     *,
     shard_tokens: int = 64,
-    loss: Sequence[Sequence[int]] | None = None,
+    loss: Sequence[Sequence[float]] | None = None,
 ) -> TokenStore:
     """A prepared set of these token lists (names `doc-0`, `doc-1`, ...), opened at its train split.
 
-    `loss`: masks of `docs` (all ones for `heldout`).
+    `loss`: masks of `docs` (all ones for `heldout`), or weights: some are neither 0 nor 1.
     """
+    masked = loss is not None
+    weighted = masked and any(value not in (0, 1) for one in loss or () for value in one)
     folder.mkdir(parents=True)
     splits, files = {}, {}
     for split, lists in (("train", docs), ("heldout", heldout)):
-        masked, shards = loss is not None, []
-        writer, filled = ShardWriter(folder, f"{split}-00000.bin", np.dtype(np.uint16), masked), 0
+        shards = []
+        writer, filled = ShardWriter(folder, f"{split}-00000.bin", np.dtype(np.uint16), masked, weighted), 0
         for i, ids in enumerate(lists):
             if filled >= shard_tokens:
                 shards.append(writer.finish())
                 name = f"{split}-{len(shards):05d}.bin"
-                writer, filled = ShardWriter(folder, name, np.dtype(np.uint16), masked), 0
+                writer, filled = ShardWriter(folder, name, np.dtype(np.uint16), masked, weighted), 0
             writer.add(f"doc-{i}", ids, np.array(loss[i]) if loss is not None and split == "train" else None)
             filled += len(ids)
         splits[split], written = write_split(folder, split, [*shards, writer.finish()])
         files |= written
-    manifest = Manifest({}, "tokenizer-0", 1000, "uint16", splits, {}, files, masked=loss is not None)
+    manifest = Manifest({}, "tokenizer-0", 1000, "uint16", splits, {}, files, masked=masked, weighted=weighted)
     save_manifest(manifest, folder)
     return TokenStore(folder, "train")
