@@ -537,7 +537,7 @@ class StudyConfig:
     scale: str = "tiny"  # a scale of the plan: tiny (a CPU, a minute) | h200 (one GPU, minutes), or one you add
     out: str = ""  # folder of page, JSON and plots; empty: docs/results/NAME, for tiny runs/study/NAME-tiny/results
     runs: str = ""  # run folders of the arms; empty: runs/study/NAME-SCALE
-    data: str = ""  # folder of the prepared text; empty: runs/data/study-CHARS, made when it is not there
+    dataset: str = ""  # folder of the prepared sets; empty: runs/data/study-CHARS, made when it is not there
     text: list[str] = field(default_factory=list)  # folders of text, a package each; empty: what Python has here
     arms: list[str] = field(default_factory=list)  # only arms whose names begin so; empty: all
     seeds: list[int] = field(default_factory=list)  # empty: those of the scale
