@@ -20,13 +20,17 @@ from types import FrameType
 
 from conf.constants import EXIT_DIVERGED, EXIT_REQUEUE, EXIT_STALLED, EXIT_USER_ERROR
 from conf.errors import UserError
+from conf.load import save_config
 from conf.paths import RunPaths
 from conf.schema import LaunchConfig, TrainConfig
 from launch.packages import ROOT
+from launch.snapshot import with_absolute_paths
 
 _LINE = re.compile(r"([A-Za-z0-9][A-Za-z0-9._-]*)(?:\s+slots=(\d+))?")  # no name can be taken for an option of ssh
 _TELLING = (EXIT_USER_ERROR, EXIT_DIVERGED, EXIT_STALLED, EXIT_REQUEUE)  # codes that say more than "failed"
 SSH = ("ssh", "-o", "BatchMode=yes", "-o", "ServerAliveInterval=15", "-o", "ServerAliveCountMax=4")
+# Of this machine's environment, what the others get too: networks and threads. No secrets: all can read a command.
+_KEPT, _KEPT_PREFIXES = ("OMP_NUM_THREADS", "DS_ACCELERATOR"), ("NCCL_", "GLOO_", "UCX_", "FI_")
 LEAVE_SECONDS = 60.0  # for the other machines, once one has failed
 
 
@@ -55,9 +59,10 @@ def read_hosts(launch: LaunchConfig) -> list[str]:
 
 def start_stage(config: TrainConfig, run: RunPaths, stage: str, hosts: list[str]) -> int:
     """Run a stage on all hosts to its end. Returns 0, the code that tells most, or that of the first to fail."""
-    master = f"{hosts[0]}:{config.launch.port}"
+    master, settings = f"{hosts[0]}:{config.launch.port}", run.root.resolve() / "hostfile.yaml"
+    save_config(with_absolute_paths(config), settings, comment="what the machines read, with absolute paths")
     started = [
-        subprocess.Popen(remote_command(host, run, stage, rank, master), stdin=subprocess.PIPE, text=True,
+        subprocess.Popen(remote_command(host, settings, stage, rank, master), stdin=subprocess.PIPE, text=True,
                          start_new_session=True)
         for rank, host in enumerate(hosts)
     ]  # fmt: skip
@@ -69,11 +74,13 @@ def start_stage(config: TrainConfig, run: RunPaths, stage: str, hosts: list[str]
     return next((code if code > 0 else 128 - code for code in codes if code), 0)
 
 
-def remote_command(host: str, run: RunPaths, stage: str, rank: int, master: str) -> list[str]:
+def remote_command(host: str, settings: Path, stage: str, rank: int, master: str) -> list[str]:
     """What runs on `host`. ssh hands one string to the shell there, so every part of it is quoted."""
-    node = [sys.executable, "-m", "launch.node", str(run.root.resolve()), stage, str(rank), master, "--control"]
+    node = [sys.executable, "-m", "launch.node", str(settings), stage, str(rank), master, "--control"]
     there = ["cd", str(ROOT), "&&", "exec", "env", "PYTHONUNBUFFERED=1"]
-    keep = [f"{key}={os.environ[key]}" for key in ("OMP_NUM_THREADS", "DS_ACCELERATOR") if key in os.environ]
+    keep = [
+        f"{key}={value}" for key, value in os.environ.items() if key in _KEPT or key.startswith(_KEPT_PREFIXES)
+    ]
     text = " ".join(part if part == "&&" else shlex.quote(part) for part in [*there, *keep, *node])
     return [*SSH, host, text]
 

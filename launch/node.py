@@ -1,4 +1,4 @@
-"""One machine's workers of a run on several: `python -m launch.node RUN STAGE NODE_RANK MASTER [--control]`.
+"""One machine's workers of a run on several: `python -m launch.node CONFIG STAGE NODE_RANK MASTER [--control]`.
 
 `launch=slurm` and `launch=hostfile` start this on every machine. NODE_RANK `-` takes SLURM_NODEID.
 With --control, standard input is a line to the one who started it: each line names a signal to
@@ -26,15 +26,15 @@ from launch.rundir import run_lock
 def main(argv: list[str]) -> int:
     """Run this machine's share of a stage to its end; the code of its workers."""
     control = argv[4:] == ["--control"]
-    folder, stage, node, master = argv[:4]
+    settings, stage, node, master = argv[:4]
     node_rank = int(os.environ["SLURM_NODEID"] if node == "-" else node)
     try:
-        run = RunPaths(Path(folder))
-        config = load_train_config(run.config)
+        config = load_train_config(Path(settings))
+        run = RunPaths(Path(config.out))
         if control:
             threading.Thread(target=_obey, daemon=True).start()
         command = torchrun_command(
-            config.launch.nproc, run.logs, "train.run", str(run.config), stage,
+            config.launch.nproc, run.logs, "train.run", settings, stage,
             nodes=config.launch.nodes, node_rank=node_rank, master=master,
         )  # fmt: skip
         with ExitStack() as stack:

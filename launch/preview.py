@@ -19,8 +19,8 @@ def print_plan(config: TrainConfig, progress: Progress) -> None:
     parallel = config.mesh.sequence_parallel
     out.print(
         f"[bold]{escape(config.out)}[/]: {num_parameters(config.model):,} parameters, {config.engine.precision}, "
-        f"ZeRO {config.engine.zero_stage}, {config.launch.nproc} processes "
-        f"({config.launch.nproc // parallel} data-parallel x {parallel} sequence-parallel)"
+        f"ZeRO {config.engine.zero_stage}, {config.launch.world} processes "
+        f"({config.launch.world // parallel} data-parallel x {parallel} sequence-parallel)"
     )
     table = Table()
     for name in ("stage", "seq_len", "tokens", "steps", "batch", "attention", "rope", "lr", "data"):
@@ -73,7 +73,7 @@ def plans_text(config: TrainConfig) -> str:
 def _row(stage: StageConfig, config: TrainConfig, rope: RopeConfig) -> list[str]:
     rate = stage.lr
     weights = sum(stage.data.domains.values())
-    data_parallel = config.launch.nproc // config.mesh.sequence_parallel
+    data_parallel = config.launch.world // config.mesh.sequence_parallel
     accumulation = stage.global_batch // (data_parallel * stage.micro_batch)
     return [
         f"{stage.seq_len:,}",

@@ -1,8 +1,8 @@
 """`launch=slurm`: one job per stage, chained by dependency, from a script that lies in the run folder to be read.
 
 The job asks to be requeued, gets SIGUSR1 `launch.slurm.grace` seconds before its time ends, and requeues itself
-when the workers say they have saved and want to go on (code 75). It reads the run's `config.yaml`, the snapshot of
-the configuration made at submission.
+when the workers say they have saved and want to go on (code 75). It runs the code and reads the configuration as
+they were at submission: copies of both lie beside the script, and what is edited afterwards changes no job.
 """
 
 from __future__ import annotations
@@ -15,16 +15,15 @@ from pathlib import Path
 
 from conf.constants import EXIT_DIVERGED, EXIT_REQUEUE, EXIT_USER_ERROR
 from conf.errors import UserError
-from conf.load import save_config
 from conf.paths import RunPaths
 from conf.schema import LaunchConfig, TrainConfig
-from launch.packages import ROOT
+from launch.snapshot import save_code, save_job_config
 from launch.stages import next_stage, read_progress
 
 BODY = """
 # $1: the stage. Exit code 75 of the workers: told to stop, saved, to be continued by the same job.
 set -u
-cd {root}
+cd {code}  # the copy of the code: `python -m` looks here first
 export PYTHONUNBUFFERED=1
 # Signals are for the workers, which srun passes them on to; this script waits for what they make of them.
 trap : TERM USR1
@@ -32,7 +31,7 @@ head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 port=$(({port} + SLURM_JOB_ID % 1000))
 starts=0
 while :; do
-    srun --kill-on-bad-exit=1 --ntasks-per-node=1 {python} -m launch.node {run} "$1" - "$head:$port"
+    srun --kill-on-bad-exit=1 --ntasks-per-node=1 {python} -m launch.node {config} "$1" - "$head:$port"
     code=$?
     case $code in
         0) exit 0 ;;
@@ -59,8 +58,8 @@ def check(launch: LaunchConfig) -> None:
             raise UserError(f"launch.slurm.extra: {text!r} is no option: it must start with --")
 
 
-def script(config: TrainConfig, run: RunPaths) -> str:
-    """The batch script of a run."""
+def script(config: TrainConfig, run: RunPaths, code: Path, settings: Path) -> str:
+    """The batch script of a run on the copies of the code and of its configuration."""
     launch, folder = config.launch, run.root.resolve()
     options = [
         f"--job-name={folder.name.replace(' ', '_')}",
@@ -80,7 +79,7 @@ def script(config: TrainConfig, run: RunPaths) -> str:
     ]
     lines = ["#!/bin/bash", *(f"#SBATCH {option}" for option in options)]
     body = BODY.format(
-        root=shlex.quote(str(ROOT)), python=shlex.quote(sys.executable), run=shlex.quote(str(folder)),
+        code=shlex.quote(str(code)), python=shlex.quote(sys.executable), config=shlex.quote(str(settings)),
         port=launch.port, requeue=EXIT_REQUEUE, user_error=EXIT_USER_ERROR, diverged=EXIT_DIVERGED,
         max_restarts=launch.max_restarts,
     )  # fmt: skip
@@ -88,12 +87,11 @@ def script(config: TrainConfig, run: RunPaths) -> str:
 
 
 def submit(config: TrainConfig, run: RunPaths, _lock: int) -> int:
-    """Write `slurm/job.sh` and submit the stages that are left, each to start when the one before ended well."""
+    """Write `slurm/` and submit the stages that are left, each to start when the one before ended well."""
     folder = run.root / "slurm"
     folder.mkdir(parents=True, exist_ok=True)
     job = folder / "job.sh"
-    job.write_text(script(config, run), encoding="utf-8")
-    save_config(config, folder / "config.yaml", comment="as submitted; the job reads the run's config.yaml")
+    job.write_text(script(config, run, save_code(folder), save_job_config(config, folder)), encoding="utf-8")
     if not config.launch.slurm.submit:
         print(f"wrote {job}: sbatch --output={folder}/%j.out {job} STAGE")
         return 0

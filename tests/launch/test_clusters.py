@@ -11,10 +11,12 @@ import pytest
 
 from conf.compose import compose
 from conf.errors import UserError
+from conf.load import load_train_config
 from conf.paths import RunPaths
 from conf.schema import LaunchConfig, SlurmConfig, TrainConfig
 from launch import hostfile, slurm
 from launch.local import torchrun_command
+from launch.packages import ROOT
 from launch.start import starter, with_restarts
 
 
@@ -26,7 +28,7 @@ def test_script_is_valid_and_says_what_was_asked(tmp_path: Path) -> None:
     run = tmp_path / "a run's folder"
     asked = "launch=slurm launch.nodes=16 launch.nproc=8 launch.slurm.partition=gpu launch.slurm.time=24:00:00"
     config = config_of(tmp_path, *asked.split(), "launch.slurm.extra=[--exclusive]")
-    text = slurm.script(config, RunPaths(run))
+    text = slurm.script(config, RunPaths(run), tmp_path / "the code", tmp_path / "config.yaml")
     for option in ("--nodes=16", "--gpus-per-node=8", "--partition=gpu", "--time=24:00:00", "--exclusive",
                    "--requeue", "--signal=USR1@120", "--open-mode=append", "--ntasks-per-node=1"):  # fmt: skip
         assert f"#SBATCH {option}\n" in text
@@ -58,12 +60,12 @@ def test_script_requeues_restarts_and_gives_up(
         (tmp_path / name).chmod(stat.S_IRWXU)
     config = config_of(tmp_path / "run", "launch=slurm", "launch.max_restarts=2")
     script = tmp_path / "job.sh"
-    script.write_text(slurm.script(config, RunPaths(tmp_path / "run")))
+    script.write_text(slurm.script(config, RunPaths(tmp_path / "run"), tmp_path, tmp_path / "c.yaml"))
     env = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_NODELIST": "n", "SLURM_JOB_ID": "7"}
     done = subprocess.run(["bash", str(script), "long"], env=env, timeout=30)
     calls = log.read_text().splitlines()
     assert (done.returncode, len(calls)) == (left, starts)
-    assert calls[0].endswith(f"-m launch.node {tmp_path / 'run'} long - first:29507")
+    assert calls[0].endswith(f"-m launch.node {tmp_path / 'c.yaml'} long - first:29507")
     assert (tmp_path / "requeue").exists() == requeued
 
 
@@ -81,7 +83,9 @@ def test_stages_are_chained(
     assert [line.split()[-1] for line in asked] == ["short", "long", "full"]
     assert "--dependency" not in asked[0]
     assert "--dependency=afterok:1" in asked[1] and "--dependency=afterok:2" in asked[2]
-    assert (tmp_path / "run" / "slurm" / "config.yaml").is_file()
+    (settings,), (code,) = (list((tmp_path / "run" / "slurm").glob(f"{name}-*")) for name in ("config", "code"))
+    assert load_train_config(settings).stages.keys() == config.stages.keys()
+    assert (code / "train" / "run.py").read_text() == (ROOT / "train" / "run.py").read_text()
     assert "submitted stage full as job 3" in capsys.readouterr().out
 
 
@@ -120,11 +124,11 @@ def test_hosts_over_ssh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     path.write_text("# ours\na slots=8\nb slots=8  # the second\n")
     config = config_of(tmp_path, "launch=hostfile", "launch.nodes=2", f"launch.hostfile={path}")
     hosts = hostfile.read_hosts(config.launch)
-    run = RunPaths(tmp_path / "it's $(here)")
-    started = [subprocess.Popen(hostfile.remote_command(h, run, "long", i, "a:29500"), stdin=subprocess.DEVNULL)
-               for i, h in enumerate(hosts)]  # fmt: skip
+    settings = tmp_path / "it's $(here)" / "c.yaml"
+    commands = [hostfile.remote_command(host, settings, "long", i, "a:29500") for i, host in enumerate(hosts)]
+    started = [subprocess.Popen(command, stdin=subprocess.DEVNULL) for command in commands]
     assert [process.wait(30) for process in started] == [75, 75]
-    want = {f"-m|launch.node|{run.root}|long|{i}|a:29500|--control|" for i in range(2)}
+    want = {f"-m|launch.node|{settings}|long|{i}|a:29500|--control|" for i in range(2)}
     assert set(told.read_text().splitlines()) == want
 
 
