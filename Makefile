@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: quickstart test soak lint format clean
+.PHONY: quickstart test cluster-tools soak lint format clean
 
 quickstart: $(VENV)/.installed  ## install, train a small MoBA model on real text, evaluate it, write the report
 	$(BIN)/moba train recipe=quickstart out=runs/quickstart
@@ -16,7 +16,11 @@ test: $(VENV)/.installed-dev  ## lint, types and the test suite
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	@sh tests/cluster-tools.sh --in-ci
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+
+cluster-tools:  ## as root: Debian's packages for the tests of SLURM and of several hosts, else skipped
+	sh tests/cluster-tools.sh
 
 soak: $(VENV)/.installed-dev  ## 2,000 steps on two processes, 50 kills: minutes, and not part of `make test`
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.soak
