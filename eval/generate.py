@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from model.cache import KVCache
+from model.decode_graph import Decoder
 from model.schedule import LayerPlan
 from model.transformer import CausalLM
 
@@ -57,6 +58,7 @@ def generate(
         ids_RS[row, : len(prompt)] = torch.tensor(prompt)
 
     logits_RV = model.prefill(ids_RS.to(parameter.device), cache, prefill_plans, chunk)
+    decode = Decoder(model, cache, decode_plans, max_new_tokens - 1)
     new_RS: list[list[int]] = [[] for _ in prompts]
     running = set(range(len(prompts)))
     for step in range(max_new_tokens):
@@ -69,7 +71,7 @@ def generate(
         if not running:
             break
         if step + 1 < max_new_tokens:
-            logits_RV = model.decode(token_R[:, None], cache, decode_plans)
+            logits_RV = decode(token_R[:, None])
     return [_until(row, eos_id) for row in new_RS]
 
 

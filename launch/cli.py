@@ -7,12 +7,23 @@ from collections.abc import Sequence
 
 from conf.constants import EXIT_USER_ERROR
 from conf.errors import UserError
-from launch import bench, bench_loader, bench_step, evaluate, export, import_hf, plan, prepare, train
+from launch import (
+    bench,
+    bench_generate,
+    bench_loader,
+    bench_step,
+    evaluate,
+    export,
+    import_hf,
+    plan,
+    prepare,
+    train,
+)
 from launch.command import Command, complain
 from launch.help import overview, show
 from launch.packages import check_packages
 
-_MODULES = (train, plan, prepare, import_hf, export, evaluate, bench, bench_step, bench_loader)
+_MODULES = (train, plan, prepare, import_hf, export, evaluate, bench, bench_step, bench_generate, bench_loader)
 COMMANDS: dict[str, Command] = {module.COMMAND.name: module.COMMAND for module in _MODULES}
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 

@@ -145,17 +145,30 @@ class KVCache:
 
     def append(self, layer: int, k_RHD: Tensor, v_RHD: Tensor) -> None:
         """One more token per row, [R, Hkv, D], behind what the row holds."""
-        self.require("decode")
-        if max(self.lengths) >= self.capacity:
-            raise ValueError(f"the cache holds {self.capacity} tokens per row: allocate a larger max_new_tokens")
+        self.require_room()
         self.keys[layer][self._rows_R, self._lengths_R] = k_RHD
         self.values[layer][self._rows_R, self._lengths_R] = v_RHD
 
+    def require_room(self) -> None:
+        """Refuse a token more than there is room for."""
+        self.require("decode")
+        if max(self.lengths) >= self.capacity:
+            raise ValueError(f"the cache holds {self.capacity} tokens per row: allocate a larger max_new_tokens")
+
     def end_step(self) -> None:
         """Every layer has appended its token."""
+        self.end_step_on_device()
+        self.end_step_on_host()
+
+    def end_step_on_device(self) -> None:
+        """The part of `end_step` that a captured graph repeats: `lengths_R` grows in place."""
+        self.require("decode")
+        self._lengths_R += 1
+
+    def end_step_on_host(self) -> None:
+        """The part of `end_step` that a captured graph leaves out."""
         self.require("decode")
         self.lengths = [length + 1 for length in self.lengths]
-        self._lengths_R = self._lengths_R + 1
 
     def block_means(self, layer: int, block_size: int) -> Tensor:
         """fp32 [R, N, Hkv, D]: means of the keys of the blocks that were complete before this step.

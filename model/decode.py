@@ -9,6 +9,8 @@ tokens.
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -16,7 +18,7 @@ from torch import Tensor
 from model.cache import KVCache
 from model.key_conv import KeyConv
 from model.moba.choosers import by_position
-from model.moba.suffix import suffix_attention
+from model.moba.suffix import row_kernel, suffix_attention
 from model.schedule import LayerPlan
 
 
@@ -30,9 +32,21 @@ def decode_attention(q_RHD: Tensor, cache: KVCache, layer: int, layer_plan: Laye
     return _full(q_RhGD, cache, layer).flatten(1, 2)
 
 
-def part_attention(q_THD: Tensor, cache: KVCache, layer: int, layer_plan: LayerPlan) -> Tensor:
-    """q [T, H, D] of the part of the prompts just stored, rows end to end; attends to all before it, [T, H, D]."""
+def part_attention(
+    q_THD: Tensor, cache: KVCache, layer: int, layer_plan: LayerPlan, backend: str = "auto"
+) -> Tensor:
+    """q [T, H, D] of the part of the prompts just stored, rows end to end; attends to all before it, [T, H, D].
+
+    Args:
+        backend: of MoBA layers, as in `model.dispatch`.
+    """
     keys, values = cache.keys[layer], cache.values[layer]
+    lengths = [end - first for _, first, end in cache.part]
+    by_row = row_kernel(q_THD, min(lengths), layer_plan, backend)
+    if by_row is not None:  # reads the cache in place
+        pieces = zip(cache.part, q_THD.split(lengths), strict=True)
+        done = [by_row(q, keys[row, :end], values[row, :end]) for (row, _, end), q in pieces]
+        return done[0] if len(done) == 1 else torch.cat(done)
     ends = [(row, end) for row, _, end in cache.part]
     if len(ends) == 1:  # no copy of a long prompt
         ((row, end),) = ends
@@ -44,7 +58,7 @@ def part_attention(q_THD: Tensor, cache: KVCache, layer: int, layer_plan: LayerP
         q_THD,
         k_SHD,
         v_SHD,
-        query_lengths=[end - first for _, first, end in cache.part],
+        query_lengths=lengths,
         key_lengths=[end for _, end in ends],
         layer_plan=layer_plan,
     )
@@ -61,12 +75,26 @@ def convolve_part(conv: KeyConv, k_THD: Tensor, cache: KVCache, layer: int) -> T
 
 
 def _full(q_RhGD: Tensor, cache: KVCache, layer: int) -> Tensor:
-    """The G heads of a group stand in for query positions, so keys and values are not expanded."""
+    """On a GPU our kernels; elsewhere SDPA, where the G heads of a group stand in for query positions, so that
+    keys and values are not expanded."""
+    q_RHD, keys, values = q_RhGD.flatten(1, 2), cache.keys[layer], cache.values[layer]
+    if runs_compiled(q_RHD, keys.shape[2]):
+        from model import triton_decode
+
+        return triton_decode.attend(q_RHD, keys, values, cache.lengths_R).view_as(q_RhGD)
     longest = max(cache.lengths) + 1
-    k = cache.keys[layer][:, :longest].transpose(1, 2)
-    v = cache.values[layer][:, :longest].transpose(1, 2)
+    k, v = (x[:, :longest].transpose(1, 2) for x in (keys, values))
     mask = torch.arange(longest, device=q_RhGD.device) <= cache.lengths_R[:, None]
     return F.scaled_dot_product_attention(q_RhGD, k, v, attn_mask=mask[:, None, None])
+
+
+def runs_compiled(q_RHD: Tensor, num_kv_heads: int) -> bool:
+    """Whether full attention of these decoded tokens, of which only shape and type count, runs on our kernels."""
+    if q_RHD.device.type != "cuda" or find_spec("triton") is None:
+        return False
+    from model import triton_decode
+
+    return triton_decode.refusal(q_RHD, num_kv_heads) is None
 
 
 def _moba(q_RhGD: Tensor, cache: KVCache, layer: int, layer_plan: LayerPlan) -> Tensor:

@@ -10,14 +10,15 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from conf.errors import UserError
-from model import flash
+from model import flash, full_suffix
+from model.dispatch import resolve_backend
 from model.moba.blocks import BlockTable, build_block_table
 from model.moba.choose import WORKSPACE_BYTES, accumulate_dtype, block_means
 from model.moba.choosers import by_position
@@ -25,7 +26,38 @@ from model.moba.varlen import TILE_BYTES, _chunks, _merge, _Parts
 from model.moba.varlen import WORKSPACE_BYTES as PART_BYTES
 from model.schedule import LayerPlan
 
+RowKernel = Callable[[Tensor, Tensor, Tensor], Tensor]  # q [M, H, D], k and v [N, Hkv, D] of a row -> [M, H, D]
 MASK_BYTES = 256 << 20  # scores of full attention that may exist at a time
+
+
+def row_kernel(q_QHD: Tensor, num_queries: int, layer_plan: LayerPlan, backend: str = "auto") -> RowKernel | None:
+    """The GPU's kernels for one row, where `suffix_attention` would be slower; None: there are none.
+
+    Args:
+        q_QHD: of which only shape, type and device count.
+        num_queries: of the row that has the fewest.
+        backend: of MoBA, as in `model.dispatch`; its Triton kernels are the ones taken here.
+
+    Raises:
+        UserError: a named backend that cannot do it.
+    """
+    scale = 1 / math.sqrt(q_QHD.shape[-1])
+    if layer_plan.kind == "full":
+        if num_queries < full_suffix.MIN_QUERIES or full_suffix.refusal(q_QHD) is not None:
+            return None
+        return lambda q, k, v: full_suffix.attend_row(q, k, v, scale)
+    dim, size = q_QHD.shape[-1], layer_plan.block_size
+    found = resolve_backend(backend, device=q_QHD.device, dtype=q_QHD.dtype, head_dim=dim, block_size=size)
+    if found.name != "triton":
+        return None
+    from model.moba import triton_suffix
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if layer_plan.topk > (k.shape[0] - 1) // size and full_suffix.refusal(q) is None:
+            return full_suffix.attend_row(q, k, v, scale)  # every block is chosen
+        return triton_suffix.attend_row(q, k, v, layer_plan, scale)
+
+    return attend
 
 
 @torch.no_grad()
