@@ -23,6 +23,7 @@ from model.layers import MLP
 from model.rope import Rotary
 from model.shapes import head_dim, num_parameters
 from model.transformer import CausalLM
+from train.bf16 import make_lean
 from train.mesh import Mesh, build_mesh
 from train.optim import build_adamw
 
@@ -98,6 +99,8 @@ def deepspeed_config(config: TrainConfig, micro_batch: int, accumulation: int, n
         ds["bf16"] = {"enabled": True, "check_grad_overflow": False}
         # Micro-batches add up in fp32. bf16 sums lose a gradient that is 1/256 of what is already there.
         ds["data_types"] = {"grad_accum_dtype": "fp32"}
+        if stage == 1:  # and each bf16 gradient goes as soon as it is there: see `train.bf16`
+            ds["bf16"]["immediate_grad_update"] = True
     elif precision != "fp32":
         raise ValueError(f"engine.precision={precision!r} is neither fp32 nor bf16")
     return ds
@@ -147,6 +150,7 @@ def build_engine(
             config=deepspeed_config(config, micro_batch, accumulation, numel),
             dist_init_required=False,
         )
+    make_lean(engine)
     return engine
 
 

@@ -15,13 +15,16 @@ from conf.schema import LrConfig, OptimConfig
 class GuardedAdamW(torch.optim.AdamW):
     """AdamW that leaves out the updates `veto` objects to: weights, moments and step count stay as they are.
 
-    The fused one decides on the device, by the flag meant for gradient scalers; the others run on the CPU, where
-    looking costs nothing.
+    The fused one decides on the device, by the flag meant for gradient scalers, and scales gradients as it reads
+    them; the others run on the CPU, where looking costs nothing.
     """
 
     veto: Callable[[], Tensor] | None = None  # bool [], asked once the gradients are final
+    shrink: Callable[[], Tensor] | None = None  # fp32 [], factor of all gradients, asked then too
 
     def step(self, closure: Any = None) -> Any:
+        if self.shrink is not None:
+            self._scale(self.shrink())
         if self.veto is None:
             return super().step(closure)
         bad = self.veto()
@@ -29,6 +32,15 @@ class GuardedAdamW(torch.optim.AdamW):
             self.found_inf = bad.float().reshape(())
             return super().step(closure)
         return None if bool(bad) else super().step(closure)
+
+    def _scale(self, factor: Tensor) -> None:
+        if self.defaults["fused"]:
+            self.grad_scale = factor.reciprocal()
+            return
+        for group in self.param_groups:
+            for param in group["params"]:
+                if param.grad is not None:
+                    param.grad.mul_(factor)
 
 
 def decays(name: str, param: nn.Parameter) -> bool:
