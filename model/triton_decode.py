@@ -39,7 +39,7 @@ class Split:
     programs: int
 
 
-TILE = Split(keys=16, warps=4, stages=1, programs=3) if common.INTERPRETED else Split(64, 4, 4, 4)
+TILE = Split(keys=16, warps=4, stages=1, programs=3) if common.INTERPRETED else Split(64, 4, 3, 4)
 
 
 @triton.jit(do_not_specialize=["num_kv_heads", "num_splits"])
