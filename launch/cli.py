@@ -22,8 +22,11 @@ from launch import (
 from launch.command import Command, complain
 from launch.help import overview, show
 from launch.packages import check_packages
+from launch.study import command as study
 
-_MODULES = (train, plan, prepare, import_hf, export, evaluate, bench, bench_step, bench_generate, bench_loader)
+_MODULES = (
+    train, plan, prepare, import_hf, export, evaluate, study, bench, bench_step, bench_generate, bench_loader,
+)  # fmt: skip
 COMMANDS: dict[str, Command] = {module.COMMAND.name: module.COMMAND for module in _MODULES}
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 

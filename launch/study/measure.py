@@ -1,0 +1,92 @@
+"""What is measured on a trained arm: losses by document and position, and tasks, through `eval`'s own parts.
+
+Losses are kept document by document, so that arms can be compared on the same documents afterwards.
+
+Shape legend: B position buckets.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from conf.compose import compose
+from conf.schema import EvalConfig
+from data.loader import long_documents
+from data.store import TokenStore
+from eval.load import Loaded, compared_plans, find_source, load_source
+from eval.loss import FIRST_BUCKET, TRAILING, LossSums, sum_losses
+from eval.suites import Evaluation
+from eval.task_suites import needle_suite, ruler_suite
+from launch.study.plan import LossAt
+from model.schedule import describe
+from model.shapes import num_parameters
+
+Json = dict[str, Any]
+
+
+def measure(run: Path, losses: Sequence[LossAt], tasks: Sequence[Sequence[str]], sets: dict[str, Path]) -> Json:
+    """Load the newest checkpoint of `run` and measure it under full attention and under its own MoBA, if it has any.
+
+    Args:
+        losses: with numbers in their text fields.
+        tasks: overrides of `moba eval`, one list per suite.
+        sets: prepared sets by the name that `LossAt.set` uses.
+    """
+    source = find_source(run)
+    plans = compared_plans(source, EvalConfig().attention)
+    loaded = load_source(source)
+    found: Json = {
+        "checkpoint": source.name,
+        "parameters": num_parameters(source.config),
+        "plans": {name: describe(plan) for name, plan in plans.items()},
+        "losses": [_losses(loaded, plans, at, sets[at.set]) for at in losses],
+        "tasks": [_tasks(loaded, plans, list(overrides), run) for overrides in tasks],
+    }
+    return found
+
+
+def _losses(loaded: Loaded, plans: dict[str, Any], at: LossAt, folder: Path) -> Json:
+    """Mean loss of every document, by plan: of its tokens, of the trailing ones, and in each bucket."""
+    seq_len, trailing = int(at.seq_len), int(at.trailing)
+    store = TokenStore(folder, "heldout")
+    documents: list[Json] = []
+    edges: tuple[int, ...] = ()
+    for batch in long_documents(store, seq_len, seq_len * int(at.documents)):
+        sums = sum_losses(
+            loaded.model, [batch], plans,
+            bucket=seq_len // at.buckets, trailing=trailing, seq_len=seq_len, device=loaded.device,
+        )  # fmt: skip
+        edges = next(iter(sums.values())).edges
+        documents.append({name: _means(sums[name]) for name in plans})
+    return {"seq_len": seq_len, "trailing": trailing, "set": at.set, "edges": edges, "documents": documents}
+
+
+def _means(sums: LossSums) -> Json:
+    """Nats and tokens of one document: [loss, tokens] of the whole, the trailing part and each bucket."""
+    table = sums.table.cpu()
+    buckets = table[FIRST_BUCKET:]
+    whole = buckets.sum(0)
+    return {
+        "loss": _ratio(whole), "tokens": int(whole[1]), "trailing": _ratio(table[TRAILING]),
+        "buckets": [_ratio(line) for line in buckets],
+    }  # fmt: skip
+
+
+def _ratio(line: torch.Tensor) -> float | None:
+    return round(float(line[0] / line[1]), 6) if line[1] else None
+
+
+def _tasks(loaded: Loaded, plans: dict[str, Any], overrides: list[str], run: Path) -> Json:
+    """Scores of RULER tasks or of the needle grid, in percent."""
+    with tempfile.TemporaryDirectory() as folder:
+        config = compose("eval", [f"checkpoint={run}", f"out={folder}", *overrides])
+        evaluation = Evaluation(config, loaded, plans, None, loaded.source.seq_len)
+        suite = needle_suite if config.suite == "needle" else ruler_suite
+        found = suite(evaluation)
+    kept = ("depths", "lengths", "samples", "seed", "haystack", "grids", "benchmark", "plans", "decode")
+    return {"suite": config.suite} | {key: found[key] for key in kept if key in found}
