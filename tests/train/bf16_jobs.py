@@ -1,0 +1,81 @@
+"""What the gloo workers of the bf16 tests do."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tests.train import jobs
+
+
+class Two(nn.Module):
+    """Two matrices, the second of which a step may leave out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(6, 5, bias=False), nn.Linear(6, 5, bias=False)
+
+    def forward(self, x: Tensor, both: bool) -> Tensor:
+        out: Tensor = self.first(x)
+        return (out + self.second(x)).float() if both else out.float()
+
+
+def stock(lean: bool) -> None:
+    """From now on engines of this process keep DeepSpeed's optimizer as it is, unless `lean`."""
+    from train import bf16, engine
+
+    engine.make_lean = bf16.make_lean if lean else lambda engine: None
+
+
+def train(lean: bool, tied: bool) -> jobs.Result:
+    """Steps of two micro-batches on two ranks, clipped."""
+    stock(lean)
+    try:
+        return jobs.train(1, "bf16", tied=tied)
+    finally:
+        stock(True)
+
+
+def absent(lean: bool, accumulation: int) -> list[dict[str, Tensor]]:
+    """AdamW's first moments after each of three steps; the second leaves a matrix out."""
+    from train.engine import build_engine, init_distributed, set_lr
+
+    stock(lean)
+    mesh = init_distributed(1)
+    torch.manual_seed(0)
+    engine = build_engine(Two(), jobs.tiny_config(1, "bf16"), 1, accumulation, mesh)
+    stock(True)
+    set_lr(engine, 1e-2)
+    found = []
+    for step in range(3):
+        for index in range(accumulation):
+            draw = torch.Generator().manual_seed(10 * step + 3 * index + mesh.rank)
+            x = torch.randn(4, 6, generator=draw).bfloat16()
+            engine.backward(engine(x, step != 1).square().mean(), scale_wrt_gas=False)
+            engine.step()
+        found.append(_moments(engine))
+    engine.destroy()
+    return found
+
+
+def exact_sum() -> tuple[Tensor, bool]:
+    """First moment after gradients of 1 and 1/512 on a lone rank, and whether anything is still reduced."""
+    from train.engine import build_engine, init_distributed
+
+    config = jobs.tiny_config(1, "bf16")
+    config.optim.clip = 0.0
+    engine = build_engine(Two(), config, 1, 2, init_distributed(1))
+    for size in (1.0, 2.0**-9):
+        engine.backward(engine(torch.full((1, 6), size).bfloat16(), True).sum(), scale_wrt_gas=False)
+        engine.step()
+    moment, reduces = _moments(engine)["first.weight"], bool(engine.enable_backward_allreduce)
+    engine.destroy()
+    return moment, reduces
+
+
+def _moments(engine: Any) -> dict[str, Tensor]:
+    from train.state import get_full, named_parameters
+
+    return {name: get_full(engine, p, "exp_avg").clone() for name, p in named_parameters(engine)}

@@ -1,0 +1,59 @@
+"""Fewer passes over the gradients, the same numbers: against DeepSpeed's optimizer as it comes."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from tests.gloo import GlooPool
+from tests.train import bf16_jobs as jobs
+from tests.train.jobs import tiny_config
+from train.bf16 import _shrink
+from train.optim import GuardedAdamW
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_bit_equal_to_deepspeeds_own(pool2: GlooPool, tied: bool) -> None:
+    """Accumulation and clipping included."""
+    (want, _), (got, _) = pool2(jobs.train, False, tied), pool2(jobs.train, True, tied)
+    assert min(want["grad_norm"]) > tiny_config().optim.clip
+    assert (got["loss"], got["grad_norm"]) == (want["loss"], want["grad_norm"])
+    for name, tensor in want["tensors"].items():
+        np.testing.assert_array_equal(got["tensors"][name], tensor, err_msg=name)
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_a_gradient_that_is_missing_is_zero(pool2: GlooPool, accumulation: int) -> None:
+    """Not what the buffer held before."""
+    (want, _), (got, _) = (pool2(jobs.absent, lean, accumulation) for lean in (False, True))
+    for ours, theirs in zip(got, want, strict=True):
+        for name, moment in theirs.items():
+            assert torch.equal(ours[name], moment), name
+    assert not torch.equal(want[0]["second.weight"], want[1]["second.weight"])
+
+
+def test_a_lone_rank_reduces_nothing_and_rounds_nothing(pool1: GlooPool) -> None:
+    moment, reduces = pool1(jobs.exact_sum)[0]
+    assert not reduces
+    want = torch.full_like(moment, (1 + 2.0**-9) * (1 - tiny_config().optim.beta1))
+    torch.testing.assert_close(moment, want, rtol=1e-6, atol=0)  # in bf16 the sum would be 1
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("norm", [0.5, 1.0, 8.0])
+def test_adamw_scales_as_clipping_does(norm: float, device: str) -> None:
+    updates = []
+    for shrink in (False, True):
+        param = torch.nn.Parameter(torch.linspace(-1, 1, 64, device=device))
+        adamw = GuardedAdamW([param], lr=0.1, eps=0.1, fused=device == "cuda")
+        for step in range(2):
+            param.grad = torch.full_like(param, 0.3 * (step + 1))
+            if shrink:
+                adamw.shrink = lambda: _shrink(torch.tensor(norm, device=device), 1.0)
+            elif norm > 1:
+                param.grad /= norm
+            adamw.step()
+        updates.append(param.detach().clone())
+    torch.testing.assert_close(updates[1], updates[0], rtol=1e-5, atol=1e-6)
+    assert float((updates[0] - torch.linspace(-1, 1, 64, device=device)).abs().max()) > 1e-2
