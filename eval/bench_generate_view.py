@@ -90,7 +90,7 @@ def draw(report: Row, path: Path) -> None:
         for row, time in zip(steps, attention, strict=True):
             if "decode_bandwidth_share" in row:
                 decode.annotate(f"{row['decode_bandwidth_share']:.0%}", (row["length"], time),
-                                textcoords="offset points", xytext=(0, -14), ha="center", fontsize=8)  # fmt: skip
+                                textcoords="offset points", xytext=(0, 6), ha="center", fontsize=8)  # fmt: skip
         decode.set_ylabel("one decode step, full attention (ms)")
         decode.set_ylim(bottom=0)
         for axes, ticks in ((prefill, lengths), (decode, at)):
