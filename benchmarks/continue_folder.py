@@ -1,0 +1,263 @@
+"""A folder of transformers, continued to 32K with a kill in the middle, exported, and compared number by number.
+
+    python benchmarks/continue_folder.py --shape llama-1b --out result.json     # one GPU, 30 GB below --work
+    python benchmarks/continue_folder.py --shape tiny                           # CPU, a minute or two
+
+Random weights and a small tokenizer are saved by transformers. `moba train recipe=extend_to_32k init.hf=FOLDER`
+runs twice side by side, once to its last step, once with a SIGKILL behind its first checkpoint and the same command
+again: all rows of metrics must be equal. The export is loaded by transformers with full attention and with
+attn_implementation="moba" and compared with the model here. Exit code 1 if something differs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import sysconfig
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+BEGAN = time.monotonic()
+ROPE = {"rope_type": "llama3", "rope_theta": 500_000.0, "factor": 32.0, "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Of the model and of the run. `exact`: tokens compared in fp32."""
+
+    model: dict[str, Any]
+    vocab_size: int
+    seq_len: int
+    block_size: int
+    exact: int
+    overrides: tuple[str, ...]
+
+
+_LLAMA_1B = {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32,
+             "num_key_value_heads": 8, "head_dim": 64}  # fmt: skip
+_TINY = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
+         "num_key_value_heads": 2, "head_dim": 16}  # fmt: skip
+SHAPES = {
+    "llama-1b": Shape(_LLAMA_1B, 8192, 32_768, 128, 4096, ("engine.checkpointing=full",)),
+    "tiny": Shape(_TINY, 512, 512, 16, 512, ("engine.precision=fp32",)),
+}
+STEPS, SAVE = 4, 2
+
+
+def say(text: str) -> None:
+    print(f"[{time.monotonic() - BEGAN:5.1f} s] {text}", flush=True)
+
+
+def corpus(folder: Path) -> None:
+    """The modules at the top of Python's standard library, a file each."""
+    folder.mkdir(parents=True)
+    for path in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")):
+        shutil.copyfile(path, folder / path.name)
+
+
+def save_folder(shape: Shape, texts: Path, folder: Path, device: str) -> None:
+    """Model and tokenizer as transformers saves them."""
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    words = Tokenizer(models.BPE())
+    words.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    words.decoder = decoders.ByteLevel()
+    special = ["<|begin_of_text|>", "<|end_of_text|>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=shape.vocab_size, special_tokens=special, initial_alphabet=alphabet)
+    words.train([str(path) for path in sorted(texts.iterdir())[:60]], trainer)
+    bos, eos = special
+    PreTrainedTokenizerFast(tokenizer_object=words, bos_token=bos, eos_token=eos).save_pretrained(folder)
+    config = LlamaConfig(
+        **shape.model, vocab_size=shape.vocab_size, max_position_embeddings=131_072, tie_word_embeddings=True,
+        rope_parameters=ROPE, bos_token_id=0, eos_token_id=1,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    with torch.device(device):
+        model = LlamaForCausalLM(config)
+    model.to(torch.bfloat16 if device == "cuda" else torch.float32).save_pretrained(folder)
+
+
+def command(shape: Shape, work: Path, out: Path, every: int, extra: list[str]) -> list[str]:
+    # fmt: off
+    return [
+        sys.executable, "-m", "launch.cli", "train", "recipe=extend_to_32k",
+        f"init.hf={work / 'hf'}", f"out={out}",
+        f"data.sets.text.source={work / 'texts'}", f"data.sets.text.path={work / 'data'}", "launch.nproc=1",
+        f"stages.extend.seq_len={shape.seq_len}", "stages.extend.global_batch=1",
+        f"stages.extend.tokens={STEPS * shape.seq_len}", "stages.extend.rope.kind=inherit",
+        "stages.extend.rope.factor=0", f"stages.extend.attention.block_size={shape.block_size}",
+        "stages.extend.attention.full_after=0.75", "stages.extend.attention.full_last_layers=1",
+        "stages.extend.lr.peak=3e-4", f"checkpoint.every={every}", "checkpoint.background=false",
+        "eval.tokens=0", "metrics.batch_hash=true", *shape.overrides, *extra,
+    ]
+    # fmt: on
+
+
+def start(arguments: list[str], log: Path) -> subprocess.Popen[bytes]:
+    with log.open("ab") as file:
+        return subprocess.Popen(arguments, cwd=ROOT, stdout=file, stderr=file)
+
+
+def wait_for(what: Callable[[], bool], process: subprocess.Popen[bytes], log: Path, seconds: float) -> None:
+    """Until `what` holds. The end of the process counts too if it was a good one."""
+    deadline = time.monotonic() + seconds
+    while not what():
+        if process.poll() not in (None, 0) or time.monotonic() > deadline:
+            process.kill()
+            sys.exit(f"{log}:\n{log.read_text()[-3000:]}")
+        time.sleep(0.02)
+
+
+def rows(out: Path) -> list[dict[str, Any]]:
+    """Of the training steps, without what depends on the clock."""
+    from conf.paths import RunPaths
+
+    path = RunPaths(out).metrics
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    read = [json.loads(line) for line in lines if line.endswith("}")]
+    return [{k: v for k, v in row.items() if k != "tokens_per_s"} for row in read if row["kind"] == "train"]
+
+
+def speeds(out: Path) -> list[int]:
+    from conf.paths import RunPaths
+
+    read = [json.loads(line) for line in RunPaths(out).metrics.read_text(encoding="utf-8").splitlines()]
+    return [round(row["tokens_per_s"]) for row in read if row["kind"] == "train"]
+
+
+def train(shape: Shape, work: Path, extra: list[str]) -> dict[str, Any]:
+    """Both runs. The undisturbed one ends with its last row: nothing is made of its weights."""
+    from conf.paths import RunPaths
+
+    alone, killed, logs = work / "alone", work / "killed", (work / "alone.log", work / "killed.log")
+    arguments = command(shape, work, killed, SAVE, extra)
+    second = start(arguments, logs[1])
+    first = start(command(shape, work, alone, 0, extra), logs[0])
+    saved = RunPaths(killed).checkpoints / f"step-{SAVE:08d}"
+    wait_for(saved.is_dir, second, logs[1], 300)
+    second.send_signal(signal.SIGKILL)
+    second.wait()
+    say(f"killed after {len(rows(killed))} rows, step {SAVE} saved; again")
+    second = start(arguments, logs[1])
+    wait_for(lambda: len(rows(alone)) == STEPS, first, logs[0], 300)
+    first.kill()
+    first.wait()
+    wait_for(lambda: second.poll() == 0, second, logs[1], 300)
+    want, got = rows(alone), rows(killed)
+    say("resumed to the end")
+    for a, b in zip(want, got, strict=True):
+        print(f"  step {a['step']}: loss {a['loss']:.9f} {b['loss']:.9f}, norm {a['grad_norm']:.9f} "
+              f"{b['grad_norm']:.9f}, {a['batch_hash']} {a['plan']}")  # fmt: skip
+    return {
+        "losses": [row["loss"] for row in got],
+        "rows_bit_equal": want == got,
+        "largest_loss_difference": max(abs(a["loss"] - b["loss"]) for a, b in zip(want, got, strict=True)),
+        "tokens_per_s": speeds(killed),
+        "plans": [row["plan"] for row in got],
+    }
+
+
+def compare(shape: Shape, work: Path, device: str) -> list[dict[str, Any]]:
+    """The export in transformers beside the checkpoint here, in both attentions."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from conf.schema import EvalAttentionConfig
+    from eval.load import compared_plans, load_model
+    from model.hf import export_hf
+    from model.hf_attention import register_moba
+
+    folder = work / "export"
+    export_hf(work / "killed", folder, "float32")
+    say("exported")
+    register_moba()
+    text = "".join(path.read_text(encoding="utf-8") for path in sorted((work / "texts").iterdir())[-40:])
+    ids = AutoTokenizer.from_pretrained(folder)(text, return_tensors="pt")["input_ids"][:, : shape.seq_len].to(
+        device
+    )
+    assert ids.shape[1] == shape.seq_len
+    table = []
+    for dtype, length in ((torch.float32, shape.exact), (torch.bfloat16, shape.seq_len)):
+        ours = load_model(work / "killed", device, dtype=dtype)
+        own = ids[:, :length]
+        borders = torch.tensor([0, length], dtype=torch.int32, device=device)
+        positions = torch.arange(length, device=device)[None]
+        for name, plans in compared_plans(ours.source, EvalAttentionConfig()).items():
+            attention = "moba" if name == "moba" else "sdpa"
+            theirs = AutoModelForCausalLM.from_pretrained(folder, attn_implementation=attention, dtype=dtype)
+            with torch.no_grad():
+                want = theirs.to(device).eval()(own).logits[0].float()
+                hidden = ours.model.hidden(own, positions, borders, length, plans)
+                got = ours.model.logits(hidden)[0].float()
+            losses = [float(torch.nn.functional.cross_entropy(x[:-1], own[0, 1:])) for x in (got, want)]
+            table.append({
+                "attention": name, "dtype": str(dtype).removeprefix("torch."), "tokens": length,
+                "logits_max": float((got - want).abs().max()),
+                "logits_relative": float((got - want).norm() / want.norm()),
+                "same_argmax": float((got.argmax(-1) == want.argmax(-1)).float().mean()),
+                "loss": losses[0], "loss_transformers": losses[1],
+            })  # fmt: skip
+            del theirs, want, got, hidden
+            say("  " + ", ".join(f"{k} {v:.3g}" if isinstance(v, float) and "loss" not in k else f"{k} {v}"
+                                 for k, v in table[-1].items()))  # fmt: skip
+        del ours
+    return table
+
+
+def verdict(result: dict[str, Any]) -> list[str]:
+    """What differs by more than rounding: fp32 as in the tests of the families, bf16 by its eight bits."""
+    bad = [] if result["train"]["rows_bit_equal"] else ["rows of metrics differ after the kill"]
+    for row in result["compared"]:
+        exact = row["dtype"] == "float32"
+        loss = abs(row["loss"] - row["loss_transformers"])
+        if loss > (1e-5 if exact else 2e-3) or row["logits_relative"] > (1e-4 if exact else 3e-2):
+            bad.append(f"{row['attention']} in {row['dtype']}")
+    return bad
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=SHAPES, default="tiny")
+    parser.add_argument("--work", type=Path, default=ROOT / "runs" / "continue_folder", help="emptied first")
+    parser.add_argument("--out", type=Path, help="JSON file")
+    parser.add_argument("overrides", nargs="*", help="more keys of moba train")
+    options = parser.parse_args()
+    import torch
+
+    from eval.bench.environment import environment
+    from eval.files import write_json
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    shape, work = SHAPES[options.shape], options.work.resolve()
+    shutil.rmtree(work, ignore_errors=True)
+    corpus(work / "texts")
+    save_folder(shape, work / "texts", work / "hf", device)
+    if device == "cuda":
+        torch.cuda.empty_cache()
+    say(f"saved by transformers: {options.shape}, {device}")
+    result: dict[str, Any] = {"benchmark": "continue_folder", "shape": options.shape, **environment(device)}
+    result["train"] = train(shape, work, options.overrides)
+    result["compared"] = compare(shape, work, device)
+    result["seconds"] = round(time.monotonic() - BEGAN, 1)
+    result["differs"] = verdict(result)
+    if options.out:
+        write_json(options.out, result)
+    say("everything agrees" if not result["differs"] else "DIFFERS: " + "; ".join(result["differs"]))
+    return 1 if result["differs"] else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
