@@ -96,7 +96,7 @@ class Watchdog:
     def _line(self) -> str:
         """The innermost line of this project's own code in the main thread."""
         frame = innermost = sys._current_frames().get(self._main)
-        while frame is not None and not Path(frame.f_code.co_filename).is_relative_to(ROOT):
+        while frame is not None and not _is_ours(Path(frame.f_code.co_filename)):
             frame = frame.f_back
         frame = frame or innermost
         if frame is None:
@@ -114,6 +114,11 @@ class Watchdog:
         said = who.text() if who else f"rank {self._rank} does not move"
         print(f"error: no progress for {self._timeout:g} s (launch.timeout): {said}", file=sys.stderr, flush=True)
         os._exit(EXIT_STALLED)
+
+
+def _is_ours(path: Path) -> bool:
+    """Code of this project: not of an environment (.venv/lib/.../site-packages) that lies inside its folder."""
+    return path.is_relative_to(ROOT) and "site-packages" not in path.relative_to(ROOT).parts
 
 
 def read_beats(folder: Path) -> list[Beat]:
