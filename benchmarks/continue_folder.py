@@ -4,9 +4,9 @@
     python benchmarks/continue_folder.py --shape tiny                           # CPU, a minute or two
 
 Random weights and a small tokenizer are saved by transformers. `moba train recipe=extend_to_32k init.hf=FOLDER`
-runs twice side by side, once to its last step, once with a SIGKILL behind its first checkpoint and the same command
-again: all rows of metrics must be equal. The export is loaded by transformers with full attention and with
-attn_implementation="moba" and compared with the model here. Exit code 1 if something differs.
+runs twice side by side: once to its last step, once with a SIGKILL behind its first checkpoint and the same
+command again. All rows of metrics must be equal. The export is loaded by transformers with full attention and
+with attn_implementation="moba" and compared with the model here. Exit code 1 if something differs.
 """
 
 from __future__ import annotations
