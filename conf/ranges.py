@@ -142,6 +142,7 @@ RANGES: dict[type, dict[str, Range]] = {
         **dict.fromkeys(("chunk", "full_up_to", "decode_up_to"), _ZERO_OR_MORE),
     },
     s.StepBenchConfig: {"steps": _COUNT, "warmup": _ZERO_OR_MORE},
+    s.EvalConfig: {"sequence_parallel": _COUNT},
     s.EvalAttentionConfig: dict.fromkeys(("block_size", "topk"), _ZERO_OR_MORE),
 }
 

@@ -449,6 +449,7 @@ class EvalConfig:
     tasks: list[str] = field(default_factory=list)  # of suite=lm_eval
     dataset: str = ""  # folder of a prepared set; empty: the one the run was trained on
     device: str = "auto"  # auto | cpu | cuda
+    sequence_parallel: int = 1  # processes of this machine that share each prompt and each row, one per GPU
     attention: EvalAttentionConfig = field(default_factory=EvalAttentionConfig)
     loss: LossSuiteConfig = field(default_factory=LossSuiteConfig)
     ruler: RulerConfig = field(default_factory=RulerConfig)
