@@ -51,6 +51,11 @@ class Job:
         return 4 if self.engine.precision == "fp32" else 2
 
     @property
+    def fused_loss(self) -> bool:
+        """As `model.fused_loss.takes_fused` decides."""
+        return self.engine.loss == "fused" or (self.engine.loss == "auto" and self.cuda)
+
+    @property
     def tokens(self) -> int:
         """T."""
         return self.rows * self.seq_len

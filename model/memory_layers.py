@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from model.loss import TILE_BYTES
 from model.memory import Job, Ledger
 from model.memory_attention import AttentionBytes, attention_bytes
+from model.memory_loss import play_loss
 from model.memory_pieces import ACT, ATT, KEPT, Pieces
 from model.memory_states import States
 from model.schedule import LayerPlan
@@ -232,22 +232,14 @@ class Play(Pieces):
         give(total, *saved.lead)
 
     def _loss(self) -> None:
-        """Forward and backward of head and loss, in tiles of tokens. The gradient of the head adds up in fp32."""
-        take, give, model = self.ledger.take, self.ledger.give, self.job.model
+        """Head and loss, forward and backward; and where the head's gradient goes."""
+        take, model = self.ledger.take, self.job.model
         self.ledger.moment = "loss"
-        tile = min(max(1, TILE_BYTES // (4 * model.vocab_size)), self.job.local) * model.vocab_size
-        losses = take("loss", 8 * self.job.local)
-        cast = self.job.itemsize if self.job.itemsize < 4 else 0  # logits in the dtype of the weights, beside fp32
-        self.ledger.touch("loss", 4 * tile + (4 * tile if self.job.cuda else cast * tile))  # logsumexp has its own
+        by_hidden = play_loss(self.job, self.ledger, self.states)
         head = model.vocab_size * model.hidden_size
-        by_hidden = take("loss", self.wide)
-        sums = take("loss", 4 * head)
-        self.ledger.touch("loss", (4 + cast) * tile, self.job.itemsize * head)
-        give(sums, losses)
-        self.states.begin_backward()
         if model.tie_embeddings:  # waits for the embedding's own gradient, to be added to it
             self._tied = [take("gradients", self.job.itemsize * head)]
         else:
             self._tied = []
             self.states.gradient(head)
-        give(by_hidden)
+        self.ledger.give(by_hidden)

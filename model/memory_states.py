@@ -53,7 +53,7 @@ class States:
 
     @property
     def _whole_fp32(self) -> bool:
-        """BF16_Optimizer: a whole fp32 gradient, into which bf16 ones are added after the backward pass."""
+        """BF16_Optimizer: a whole fp32 gradient, into which bf16 ones go as they come (`train.bf16`)."""
         return self.job.engine.zero_stage == 1 and self.job.itemsize == 2 and not self.job.engine.offload_optimizer
 
     def begin_backward(self) -> None:
@@ -64,6 +64,9 @@ class States:
     def gradient(self, count: int) -> None:
         """The gradient of `count` parameters has been computed."""
         stage, size, take = self.job.engine.zero_stage, self.job.itemsize, self.ledger.take
+        if self._whole_fp32:
+            self.ledger.touch("gradients", size * count)
+            return
         if stage <= 1:
             self._receipts.append(take("gradients", size * count))
             return
@@ -91,8 +94,8 @@ class States:
     def reduce_rest(self) -> None:
         """After the backward pass: what is left is reduced; BF16_Optimizer and stage 0 start only now."""
         self.ledger.moment = "gradient reduction"
-        if self._whole_fp32:
-            self.ledger.touch("communication", (4 + 2) * self.bucket)
+        if self._whole_fp32 and self.job.world > 1:
+            self.ledger.touch("communication", self.job.itemsize * self.count)
         elif self.job.engine.zero_stage == 0:
             self.ledger.touch("communication", self.job.itemsize * self.bucket)
         self._flush()

@@ -106,8 +106,8 @@ def block_flops(job: Job) -> float:
 
 
 def loss_flops(job: Job) -> float:
-    """FLOPs of head and loss in a micro-batch: logits twice, and two products for their gradients."""
-    return 8.0 * job.local * job.model.hidden_size * job.model.vocab_size
+    """FLOPs of head and loss in a micro-batch: logits, twice unless fused, and two products for their gradients."""
+    return (6.0 if job.fused_loss else 8.0) * job.local * job.model.hidden_size * job.model.vocab_size
 
 
 def _recomputed(job: Job) -> float:

@@ -39,7 +39,7 @@ from train.mesh import Mesh
 from train.metrics import MetricsLog
 from train.signals import StopSignal
 from train.state import TrainState, fill_model, reset_optimizer
-from train.step_parts import Timeline, time_parts
+from train.step_parts import Timeline, communication, time_parts
 
 EXIT_OUT_OF_MEMORY = 70
 LEARNING_RATE = 1e-6
@@ -68,7 +68,8 @@ class Bench:
         with contextlib.nullcontext() if self.memory is None else self.memory:
             self._build(config)
         run = self._run(config)
-        batches = [synthetic(case.seq_len, config.model.vocab_size, self.mesh.dp_rank)]
+        batch = synthetic(case.seq_len, config.model.vocab_size, self.mesh.dp_rank)
+        batches = [batch.pin_memory() if self.memory is None else batch]  # as the loader hands them over
         plans = plan(config.stages[STAGE].attention, config.model.num_layers, 0.0)
 
         def step(engine: Any = None) -> Tensor:
@@ -78,7 +79,7 @@ class Bench:
         for _ in range(case.config.warmup):
             step()
         self._reset_peak()
-        timed = [self._timed(step, case.config.parts == "within") for _ in range(case.config.steps)]
+        timed = self._steps(step, case.config)
         sums = timed[-1].sums
         peak, reserved = self._peak(step)
         check_loss(sums, config)
@@ -88,8 +89,19 @@ class Bench:
         row |= rates(case, config, plans, statistics.median(seconds), self.mesh)
         row |= {"step_s": seconds, "peak_bytes": peak, "reserved_bytes": reserved}
         if parts:
-            row |= {"parts": parts, "communication_s": self._communication(step)}
+            row |= {"parts": parts, "communication_s": communication(step, self.mesh, self.synchronize)}
         return row
+
+    def _steps(self, step: Callable[..., Tensor], config: StepBenchConfig) -> list[Timed]:
+        """One after the other as in a run, never waiting for the device; each alone if its parts are timed."""
+        if config.parts == "within":
+            return [self._timed(step, True) for _ in range(config.steps)]
+        self.synchronize()
+        start = time.perf_counter()
+        for _ in range(config.steps):
+            sums = step()
+        self.synchronize()
+        return [Timed((time.perf_counter() - start) / config.steps, sums.cpu(), {})]
 
     def _timed(self, step: Callable[..., Tensor], with_parts: bool) -> Timed:
         """One step between two moments at which all devices are idle."""
@@ -145,21 +157,6 @@ class Bench:
         if self.mesh.device.type == "cuda":
             torch.cuda.synchronize()
         self.mesh.barrier()
-
-    def _communication(self, step: Callable[[], Tensor]) -> float:
-        """Seconds of collectives in one step, beside or between computation; 0 with one process."""
-        if self.mesh.world == 1:
-            return 0.0
-        from torch.profiler import ProfilerActivity, profile
-
-        cuda = self.mesh.device.type == "cuda"
-        with profile(activities=[ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU]) as trace:
-            step()
-            self.synchronize()
-        if cuda:
-            events = [(e.key, e.self_device_time_total) for e in trace.key_averages()]
-            return sum(spent for name, spent in events if name.startswith("nccl")) / 1e6
-        return sum(e.cpu_time_total for e in trace.key_averages() if e.key.startswith("gloo:")) / 1e6
 
 
 def _engine_key(config: TrainConfig) -> str:

@@ -2,8 +2,9 @@
 
 As it comes it reads and writes 96 bytes of device memory per parameter and step where 48 do: it casts each
 gradient to fp32 before it adds it to a buffer of zeros, clears that buffer twice, clips in a pass of its own, and
-on a single rank rounds the sums to bf16 for a reduction that has nobody to reduce with. What it holds and what it
-computes stay the same, but that a lone rank's gradients are no longer rounded.
+on a single rank rounds the sums to bf16 for a reduction that has nobody to reduce with. It also waits for the
+device in every step, to look at the norm. What it holds and what it computes stay the same, but that a lone rank's
+gradients are no longer rounded.
 """
 
 from __future__ import annotations
@@ -37,10 +38,11 @@ def _lean_class() -> Any:
         """The first gradient of a step overwrites what the last step left in the fp32 buffer."""
 
         def move_clipping(self) -> None:
-            """AdamW scales the gradients as it reads them."""
-            limit, self.clip_grad = self.clip_grad, 0.0
+            """AdamW scales the gradients as it reads them, and leaves out an update that is not finite."""
+            limit = self.clip_grad
             if limit > 0.0:
                 self.optimizer.shrink = lambda: _shrink(self._global_grad_norm, limit)
+            self.optimizer.veto = lambda: ~self._global_grad_norm.isfinite()
 
         @torch.no_grad()
         def _update_hp_grad(self, lp: Any, group_idx: int, param_idx: int, clear_lp_grads: bool) -> None:
@@ -64,8 +66,18 @@ def _lean_class() -> Any:
 
         @torch.no_grad()
         def step(self, closure: Any = None) -> None:
+            """The base's, but that the device is never waited for: AdamW's veto leaves out what is not finite."""
             self._clear_missing()
-            super().step(closure)
+            gradients, _ = self.get_grads_for_norm()
+            self._global_grad_norm = torch.nn.utils.get_total_norm(gradients)
+            for master, gradient in zip(
+                self.fp32_groups_flat_partition, self.fp32_groups_gradient_flat_partition, strict=True
+            ):
+                master.grad = gradient
+            self.optimizer.step()
+            self._lazy_init_hp_params_optimizer_state()
+            self.update_lp_params()
+            self.clear_hp_grads()
 
         def _clear_missing(self) -> None:
             """A parameter that had no part in this step has no gradient, not that of an earlier step."""
@@ -77,6 +89,6 @@ def _lean_class() -> Any:
     return LeanBF16
 
 
-def _shrink(norm: Any, limit: float) -> Tensor:
+def _shrink(norm: Tensor, limit: float) -> Tensor:
     """Factor of the gradients, at most 1, as DeepSpeed's clipping has it."""
-    return (limit / (torch.as_tensor(norm, dtype=torch.float32) + 1e-6)).clamp(max=1.0)
+    return (limit / (norm.float() + 1e-6)).clamp(max=1.0)

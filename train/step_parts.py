@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from train.mesh import Mesh
+
 # The end of a module's name -> the part it belongs to. What a block does besides these is attention: scores and
 # weighted values, with RoPE, the exchange under sequence parallelism and the residual sums.
 PARTS = {
@@ -139,3 +141,19 @@ def _watch(module: nn.Module, part: str, timeline: Timeline) -> list[Any]:
             module.register_full_backward_hook(lambda *_: timeline.close(part, BACKWARD)),
         ]
     return hooks
+
+
+def communication(run_step: Callable[[], Tensor], mesh: Mesh, synchronize: Callable[[], None]) -> float:
+    """Seconds of collectives in one step, beside or between computation; 0 with one process."""
+    if mesh.world == 1:
+        return 0.0
+    from torch.profiler import ProfilerActivity, profile
+
+    cuda = mesh.device.type == "cuda"
+    with profile(activities=[ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU]) as trace:
+        run_step()
+        synchronize()
+    if cuda:
+        events = [(e.key, e.self_device_time_total) for e in trace.key_averages()]
+        return sum(spent for name, spent in events if name.startswith("nccl")) / 1e6
+    return sum(e.cpu_time_total for e in trace.key_averages() if e.key.startswith("gloo:")) / 1e6

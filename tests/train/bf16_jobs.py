@@ -79,3 +79,20 @@ def _moments(engine: Any) -> dict[str, Tensor]:
     from train.state import get_full, named_parameters
 
     return {name: get_full(engine, p, "exp_avg").clone() for name, p in named_parameters(engine)}
+
+
+def not_finite() -> tuple[Tensor, Tensor, float]:
+    """A matrix before and after a step whose gradient is not finite, and the norm reported."""
+    from train.engine import build_engine, grad_norm, init_distributed, set_lr
+    from train.state import get_full
+
+    torch.manual_seed(0)
+    engine = build_engine(Two(), jobs.tiny_config(1, "bf16"), 1, 1, init_distributed(1))
+    set_lr(engine, 1e-2)
+    first = engine.module.first.weight
+    before = get_full(engine, first, "").clone()
+    engine.backward(engine(torch.full((1, 6), float("inf")).bfloat16(), True).sum(), scale_wrt_gas=False)
+    engine.step()
+    found = before, get_full(engine, first, "").clone(), float(grad_norm(engine, None))
+    engine.destroy()
+    return found

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from statistics import median
 
 import pytest
 import torch
@@ -40,7 +41,7 @@ def test_rows_parts_and_useful_flops(pool1: GlooPool, tmp_path: Path) -> None:
         assert (parts["projections"].get(RECOMPUTE, 0) > 0) == again
         assert parts["attention"][BACKWARD] > 0 and row["communication_s"] == 0
         assert sum(sum(phases.values()) for phases in parts.values()) < 20 * max(row["step_s"])
-        assert row["tokens_per_s"] == pytest.approx(256 / (sum(row["step_s"]) / 2)) and row["peak_bytes"] > 0
+        assert row["tokens_per_s"] == pytest.approx(256 / median(row["step_s"])) and row["peak_bytes"] > 0
     plan = LayerPlan("moba", 32, 3)
     pairs = 3 * 2 * 4 * 64 * attended_pairs(256, plan)  # three passes, two layers, two products of width 64 each
     assert rows[1]["flops"] == rows[2]["flops"] == 6 * matmul_parameters(TINY) * 256 + pairs

@@ -14,13 +14,14 @@ from train.optim import GuardedAdamW
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_bit_equal_to_deepspeeds_own(pool2: GlooPool, tied: bool) -> None:
-    """Accumulation and clipping included."""
+def test_equals_deepspeeds_own(pool2: GlooPool, tied: bool) -> None:
+    """Accumulation and clipping included; only the order in which the norm is summed may differ."""
     (want, _), (got, _) = pool2(jobs.train, False, tied), pool2(jobs.train, True, tied)
     assert min(want["grad_norm"]) > tiny_config().optim.clip
-    assert (got["loss"], got["grad_norm"]) == (want["loss"], want["grad_norm"])
+    np.testing.assert_allclose(got["loss"], want["loss"], rtol=1e-6)
+    np.testing.assert_allclose(got["grad_norm"], want["grad_norm"], rtol=1e-6)
     for name, tensor in want["tensors"].items():
-        np.testing.assert_array_equal(got["tensors"][name], tensor, err_msg=name)
+        np.testing.assert_allclose(got["tensors"][name], tensor, rtol=1e-6, atol=1e-7, err_msg=name)
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
@@ -29,7 +30,7 @@ def test_a_gradient_that_is_missing_is_zero(pool2: GlooPool, accumulation: int) 
     (want, _), (got, _) = (pool2(jobs.absent, lean, accumulation) for lean in (False, True))
     for ours, theirs in zip(got, want, strict=True):
         for name, moment in theirs.items():
-            assert torch.equal(ours[name], moment), name
+            torch.testing.assert_close(ours[name], moment, rtol=1e-6, atol=1e-9, msg=name)
     assert not torch.equal(want[0]["second.weight"], want[1]["second.weight"])
 
 
@@ -38,6 +39,13 @@ def test_a_lone_rank_reduces_nothing_and_rounds_nothing(pool1: GlooPool) -> None
     assert not reduces
     want = torch.full_like(moment, (1 + 2.0**-9) * (1 - tiny_config().optim.beta1))
     torch.testing.assert_close(moment, want, rtol=1e-6, atol=0)  # in bf16 the sum would be 1
+
+
+def test_a_gradient_that_is_not_finite_changes_nothing(pool1: GlooPool) -> None:
+    """Also where no guard watches."""
+    before, after, norm = pool1(jobs.not_finite)[0]
+    assert torch.equal(before, after)
+    assert not np.isfinite(norm)
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])

@@ -28,6 +28,8 @@ CASES = [
     ("wide", EngineConfig(checkpointing="full")),
     ("heads", EngineConfig(checkpointing="selective", zero_stage=2)),
     ("untied", EngineConfig(mlp_tile=256)),
+    ("layers", EngineConfig(loss="fused", checkpointing="full")),
+    ("untied", EngineConfig(loss="fused", precision="fp32")),
 ]
 
 
