@@ -70,7 +70,7 @@ def inspect(
         domain: DomainReport(
             documents=documents.num_docs,
             left_out=max(0, sets[domain].num_docs - _different(documents)),
-            epochs=share[domain] * total / source.packed[domain].num_rows,
+            epochs=share[domain] * total / source.packed[domain].rows_of(0),
             targets=1.0,
             weight=rule_of(stage.data, domain).loss_weight,
         )
@@ -101,8 +101,8 @@ def _different(documents: Documents) -> int:
 def _targets(source: StageSource, domain: str) -> tuple[float, float]:
     """(share of the tokens that carry loss, mean weight of these), over the first rows of a domain."""
     packed, valid, tokens, weight = source.packed[domain], 0, 0, 0.0
-    for index in range(min(packed.num_rows, MASKED_ROWS)):
-        pieces = packed.pieces(index, 0)
+    for index in range(min(packed.rows_of(0), MASKED_ROWS)):
+        pieces = packed.pieces(index, 0, 0)
         row = source.build(domain, pieces)
         own = int((row.labels != IGNORE_INDEX).sum())
         valid += own

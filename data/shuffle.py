@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 
+import numpy as np
+
 _ROUNDS = 4
 
 
@@ -30,6 +32,14 @@ def permute(index: int, size: int, key: int) -> int:
         index = left << half | right
         if index < size:
             return index
+
+
+def hashes(count: int, key: int = 0) -> np.ndarray:
+    """A fixed pseudo-random uint64 for each of range(count), by splitmix64's finaliser; on every machine alike."""
+    x = np.arange(1, count + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(key)
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        x = (x ^ (x >> np.uint64(shift))) * np.uint64(factor)
+    return x ^ (x >> np.uint64(31))
 
 
 def _mix(x: int) -> int:

@@ -16,7 +16,18 @@ import numpy as np
 from conf.domains import rule_of
 from conf.errors import UserError
 from conf.schema import StageConfig
-from data.packing import ConcatPacking, Documents, Packing, Pieces, PlannedPacking, Row, best_fit, build_row
+from data.packing import (
+    PLANS,
+    ConcatPacking,
+    Documents,
+    Packing,
+    Pieces,
+    Plan,
+    PlannedPacking,
+    Row,
+    best_fit,
+    build_row,
+)
 from data.shuffle import key_of, permute
 from data.store import TokenStore
 from data.view import View, cached, is_plain, long_rule, rule_key, select, table_key
@@ -94,21 +105,21 @@ class StageSource:
         if any(rules.values()):
             self.identity["rules"] = {domain: rule for domain, rule in rules.items() if rule}
         if stage.data.packing == "best_fit":
-            self.identity["window"] = stage.data.window
+            self.identity |= {"window": stage.data.window, "plans": PLANS}
         """All that decides which tokens sample i has; equal identities give equal streams."""
 
     def locate(self, i: int) -> Place:
         """Where sample `i` comes from. O(number of domains), reads nothing."""
         domain, number = self.mixture.locate(i)
-        epoch, place = divmod(number, self.packed[domain].num_rows)
+        epoch, place = self.packed[domain].find(number)
         key = key_of(self._seed, self._name, domain, epoch)
-        return Place(domain, epoch, permute(place, self.packed[domain].num_rows, key))
+        return Place(domain, epoch, permute(place, self.packed[domain].rows_of(epoch), key))
 
     def pieces(self, i: int) -> tuple[str, Pieces]:
         """The domain of sample `i` and the pieces of its documents; reads no tokens. O(log documents + pieces)."""
         place = self.locate(i)
         turn = key_of(self._seed, self._name, place.domain, place.epoch, "first")
-        return place.domain, self.packed[place.domain].pieces(place.row, turn)
+        return place.domain, self.packed[place.domain].pieces(place.row, place.epoch, turn)
 
     def row(self, i: int) -> Row:
         """Sample `i` of the stage."""
@@ -140,9 +151,20 @@ def _packing(stage: StageConfig, domain: str, store: TokenStore, documents: Docu
     if stage.data.packing == "concat":
         return ConcatPacking(documents, stage.seq_len)
     rule, window = table_key(rule_of(stage.data, domain)), stage.data.window
-    key = {"kind": "best_fit", "rule": rule, "seq_len": stage.seq_len, "window": window}
-    build = functools.partial(best_fit, np.diff(documents.offsets), stage.seq_len, window)
-    return PlannedPacking(cached(store, key, build))
+    lengths, plans, left = np.diff(documents.offsets), list[Plan](), _samples(stage, domain)
+    while left > 0 and len(plans) < PLANS:  # as many as the stage needs: a longer one has the same first ones
+        key = {"kind": "best_fit", "rule": rule, "seq_len": stage.seq_len, "window": window, "epoch": len(plans)}
+        build = functools.partial(best_fit, lengths, stage.seq_len, window, len(plans))
+        plans.append(cached(store, key, build))
+        left -= len(plans[-1]["row_starts"]) - 1
+    return PlannedPacking(plans)
+
+
+def _samples(stage: StageConfig, domain: str) -> int:
+    """At least so many samples as the stage takes from the domain."""
+    share = stage.data.domains[domain] / sum(stage.data.domains.values())
+    slack = 2 + len(stage.data.domains)  # see `Mixture`
+    return int(stage.tokens // stage.seq_len * share) + slack
 
 
 def _check(stage: StageConfig, sets: Mapping[str, TokenStore]) -> None:

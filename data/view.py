@@ -16,12 +16,13 @@ from conf.errors import UserError
 from conf.schema import DomainRule
 from data.folder import clear, exclusive_sibling, publish
 from data.packing import Documents
+from data.shuffle import hashes
 from data.store import TokenStore
 
 log = logging.getLogger(__name__)
 
 PLANS_FOLDER = ".plans"  # in the folder of the set; may be deleted at any time
-_VERSION = 1  # of the tables: raised when they would come out otherwise
+_VERSION = 2  # of the tables: raised when they would come out otherwise
 
 Tables = dict[str, np.ndarray]
 
@@ -77,21 +78,13 @@ def select(lengths: np.ndarray, rule: DomainRule, seq_len: int, masked: bool, wh
     for least in sorted(rule.upsample):
         factor[kept & (lengths >= least)] = rule.upsample[least]
     whole = np.floor(factor)
-    copies = (whole + (_unit_hash(len(lengths)) < factor - whole)).astype(np.int64)
+    copies = (whole + (hashes(len(lengths)) / 2.0**64 < factor - whole)).astype(np.int64)
     rounds = [np.flatnonzero(copies > number) for number in range(int(copies.max(initial=0)))]
     if not rounds:
         raise UserError(f"{where} leaves none of {len(lengths)} documents: relax its lengths, or leave it out")
     ids = np.concatenate(rounds)
     used = np.minimum(lengths, seq_len) if what == "truncate" else lengths
     return {"ids": ids, "offsets": np.concatenate([[0], np.cumsum(used[ids])]).astype(np.int64)}
-
-
-def _unit_hash(count: int) -> np.ndarray:
-    """A fixed pseudo-random number in [0, 1) for each of range(count): splitmix64's finaliser."""
-    x = np.arange(1, count + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
-    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
-        x = (x ^ (x >> np.uint64(shift))) * np.uint64(factor)
-    return (x ^ (x >> np.uint64(31))) / 2.0**64
 
 
 def rule_key(rule: DomainRule) -> dict[str, Any]:

@@ -128,7 +128,7 @@ def test_answers_are_never_cut(sets: dict[str, TokenStore]) -> None:
     source = StageSource(stage, sets, 0, "s")
     lengths = [len(sets["chats"].doc(i)) for i in range(30)]
     assert source.documents["chats"].num_docs == sum(n <= 24 for n in lengths) < 30
-    for i in range(source.packed["chats"].num_rows):
+    for i in range(source.packed["chats"].rows_of(0)):
         assert not source.pieces(i)[1].skip.any()
     for packing, long, message in (
         ("concat", "auto", "packing=concat would cut answers"),

@@ -55,14 +55,14 @@ def test_labels_count_every_target_of_the_set_once() -> None:
 
 
 @settings(deadline=None, max_examples=150)
-@given(lengths=LENGTHS, seq_len=st.integers(1, 24), window=st.integers(1, 30))
+@given(lengths=LENGTHS, seq_len=st.integers(1, 24), window=st.integers(1, 30), epoch=st.integers(0, 9))
 def test_best_fit_holds_each_token_once_and_cuts_only_what_is_too_long(
-    lengths: list[int], seq_len: int, window: int
+    lengths: list[int], seq_len: int, window: int, epoch: int
 ) -> None:
     docs = MemoryDocuments(lengths)
-    packing = PlannedPacking(best_fit(np.array(lengths), seq_len, window))
+    packing = PlannedPacking([best_fit(np.array(lengths), seq_len, window, epoch)])
     seen: list[int] = []
-    for index in range(packing.num_rows):
+    for index in range(packing.rows_of(0)):
         pieces = packing.pieces(index)
         assert 0 < pieces.size.sum() <= seq_len
         for doc, skip, size in zip(*pieces, strict=True):
@@ -87,10 +87,10 @@ def test_best_fit_wastes_little_on_mixed_lengths(capsys: pytest.CaptureFixture[s
     rng.shuffle(lengths)
     for seq_len in (4096, 32_768):
         for what, used in (("long ones split", lengths), ("long ones dropped", lengths[lengths <= seq_len])):
-            packing = PlannedPacking(best_fit(used, seq_len, 4096))
-            useful = used.sum() / (packing.num_rows * seq_len)
+            packing = PlannedPacking([best_fit(used, seq_len, 4096)])
+            useful = used.sum() / (packing.rows_of(0) * seq_len)
             with capsys.disabled():
-                print(f"\n  best_fit, {seq_len}, {what}: {useful:.2%} of {packing.num_rows} rows useful", end="")
+                print(f"\n  best_fit, {seq_len}, {what}: {useful:.2%} of {packing.rows_of(0)} rows useful", end="")
             assert useful >= 0.98
 
 
@@ -100,8 +100,36 @@ def test_masked_tokens_are_no_labels() -> None:
             return np.arange(self.offsets[i], self.offsets[i + 1]) % 3 == 0
 
     docs = Masked([7, 12, 3])
-    for packing in (ConcatPacking(docs, 8), PlannedPacking(best_fit(np.diff(docs.offsets), 8, 9))):
-        rows = [build_row(docs, packing.pieces(i, 0), 8) for i in range(packing.num_rows)]
+    for packing in (ConcatPacking(docs, 8), PlannedPacking([best_fit(np.diff(docs.offsets), 8, 9)])):
+        rows = [build_row(docs, packing.pieces(i), 8) for i in range(packing.rows_of(0))]
         labels = np.concatenate([row.labels for row in rows])
         targets = [t + 1 for t in range(docs.num_tokens) if t not in docs.offsets and t % 3 == 0]
         assert sorted(labels[labels != IGNORE_INDEX]) == targets
+
+
+def test_every_epoch_has_a_packing_of_its_own() -> None:
+    """Documents meet other documents, and no more room is lost."""
+    rng = np.random.default_rng(0)
+    lengths = np.minimum(rng.lognormal(6.4, 1.1, 4000).astype(np.int64) + 1, 4096)
+    packing = PlannedPacking([best_fit(lengths, 4096, 65_536, epoch) for epoch in range(3)])
+    neighbours: list[set[tuple[int, int]]] = []
+    for epoch in range(3):
+        rows = [sorted(packing.pieces(i, epoch).doc.tolist()) for i in range(packing.rows_of(epoch))]
+        assert sorted(doc for row in rows for doc in row) == list(range(len(lengths)))
+        assert lengths.sum() / (packing.rows_of(epoch) * 4096) >= 0.99
+        neighbours.append({(a, b) for row in rows for a in row for b in row if a < b})
+    for a, b in ((0, 1), (1, 2), (0, 2)):
+        assert len(neighbours[a] & neighbours[b]) < 0.1 * len(neighbours[a])
+
+
+def test_rows_are_found_across_epochs_of_unequal_length() -> None:
+    plans = [{"row_starts": np.arange(rows + 1), **dict.fromkeys(("doc", "skip", "size"), np.arange(rows))}
+             for rows in (3, 5, 4)]  # fmt: skip
+    packing, places = PlannedPacking(plans), []
+    for epoch in range(7):  # behind the third plan the first one comes again
+        places += [(epoch, row) for row in range((3, 5, 4)[epoch % 3])]
+    assert [packing.find(number) for number in range(len(places))] == places
+    assert packing.find(12 * 10**12 + 3) == (3 * 10**12 + 1, 0)
+    for bad in (-1, 5):
+        with pytest.raises(IndexError):
+            packing.pieces(bad, 1)
