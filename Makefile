@@ -22,9 +22,9 @@ test: $(VENV)/.installed-dev  ## lint, types and the test suite
 cluster-tools:  ## as root: Debian's packages for the tests of SLURM and of several hosts, else skipped
 	sh tests/cluster-tools.sh
 
-soak: $(VENV)/.installed-dev  ## 2,000 steps on two processes, 50 kills: minutes, and not part of `make test`
+soak: $(VENV)/.installed-dev  ## 2,000 steps on two processes, 300 kills: minutes, and not part of `make test`
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.soak
-	LONGMOBA_KILLS=50 $(BIN)/python -m pytest tests/train/test_saver.py
+	LONGMOBA_KILLS=300 $(BIN)/python -m pytest tests/train/test_saver.py
 
 lint: $(VENV)/.installed-dev  ## style and types only
 	$(BIN)/ruff check .

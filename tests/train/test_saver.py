@@ -17,8 +17,8 @@ from tests.gloo import GlooPool
 from tests.train import fault_jobs, jobs
 from tests.train.test_run import rows_of
 
-KILLS = int(os.environ.get("LONGMOBA_KILLS", "5"))  # `make soak` asks for more
-STEPS = 9 * KILLS
+KILLS = int(os.environ.get("LONGMOBA_KILLS", "50"))  # `make soak` asks for more
+STEPS = 5 * KILLS
 
 
 @pytest.mark.slow
@@ -42,7 +42,7 @@ def test_kills_lose_nothing(pool1: GlooPool, prepared: Path, tmp_path: Path) -> 
     assert "damaged" not in done.stderr
     killed = rows_of(tmp_path / "killed", "train")
     assert [row["step"] for row in killed] == list(range(1, STEPS + 1))
-    config.out = str(tmp_path / "alone")
+    config.out, config.checkpoint.every = str(tmp_path / "alone"), 0
     assert pool1(jobs.stage, config, "short") == [0]
     assert killed == rows_of(tmp_path / "alone", "train")
     assert not list(RunPaths(tmp_path / "killed").checkpoints.glob(".tmp-*"))
