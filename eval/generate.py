@@ -14,6 +14,7 @@ import torch
 
 from model.cache import KVCache
 from model.decode_graph import Decoder
+from model.parallel_generation import agree, cache_shape
 from model.schedule import LayerPlan
 from model.transformer import CausalLM
 
@@ -39,6 +40,8 @@ def generate(
         prefill_plans, decode_plans: one plan per layer for the prompt and for the tokens after it.
         chunk: prompt tokens of all rows run at a time, as in `CausalLM.prefill`; 0: all.
         ended: whether a row may end with the new tokens it has, such as after a stop string. All are returned.
+            Under sequence parallelism all ranks call with the same prompts and plans; the first one's `ended`
+            counts, and its result is the one to use.
 
     Returns:
         New tokens of each prompt. Rows of a batch do not influence each other.
@@ -52,7 +55,9 @@ def generate(
         return []
     parameter = next(model.parameters())
     lengths = [len(prompt) for prompt in prompts]
-    cache = KVCache(model.config, lengths, max_new_tokens, dtype=parameter.dtype, device=parameter.device)
+    parallel = model.execution.parallel
+    shape = cache_shape(model.config, parallel)
+    cache = KVCache(shape, lengths, max_new_tokens, dtype=parameter.dtype, device=parameter.device)
     ids_RS = torch.zeros(len(prompts), max(lengths), dtype=torch.int64)
     for row, prompt in enumerate(prompts):
         ids_RS[row, : len(prompt)] = torch.tensor(prompt)
@@ -68,10 +73,12 @@ def generate(
                 new_RS[row].append(token)
                 if token == eos_id or (ended is not None and ended(new_RS[row])):
                     running.remove(row)
-        if not running:
+        more = bool(running) and step + 1 < max_new_tokens
+        if parallel is not None:
+            token_R, more = agree(parallel, token_R, more)
+        if not more:
             break
-        if step + 1 < max_new_tokens:
-            logits_RV = decode(token_R[:, None])
+        logits_RV = decode(token_R[:, None])
     return [_until(row, eos_id) for row in new_RS]
 
 

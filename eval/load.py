@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,10 @@ from conf.paths import CheckpointPaths, RunPaths
 from conf.schema import EvalAttentionConfig, ModelConfig, RopeConfig, TrainConfig
 from conf.validate import BLOCK_MULTIPLE
 from data.tokenizer import Tokenizer, load_tokenizer
+from eval.generate import generate
+from eval.group import Group
+from eval.moba_settings import checked_moba
+from model.execution import PLAIN, Execution
 from model.hf import moba_settings, read_hf
 from model.schedule import FULL, LayerPlan, check_chooser, full_plans, plan
 from model.transformer import CausalLM
@@ -57,11 +62,26 @@ class Source:
 
 @dataclass(frozen=True)
 class Loaded:
-    """A model in evaluation mode, on its device, with its tokenizer and origin."""
+    """A model in evaluation mode, on its device, with its tokenizer and origin.
+
+    With several processes `group` shares its work out; `model` has the same weights and computes alone.
+    """
 
     model: CausalLM
     tokenizer: Tokenizer
     source: Source
+    group: Group | None = None
+
+    @property
+    def losses(self) -> CausalLM | Group:
+        """What computes the losses of long rows."""
+        return self.group or self.model
+
+    def generate(self, prompts: Sequence[Sequence[int]], **settings: Any) -> list[list[int]]:
+        """`eval.generate.generate`, shared out where there is a group."""
+        if self.group is not None:
+            return self.group.generate(prompts, **settings)
+        return generate(self.model, prompts, **settings)
 
     @property
     def device(self) -> torch.device:
@@ -126,17 +146,31 @@ def load_model(
 
 
 def load_source(
-    source: Source, device: str = "auto", backend: str = "auto", dtype: torch.dtype | None = None
+    source: Source,
+    device: str = "auto",
+    backend: str = "auto",
+    dtype: torch.dtype | None = None,
+    execution: Execution = PLAIN,
 ) -> Loaded:
-    """Read the weights of `source`, tensor by tensor, straight into their final type and place."""
+    """Read the weights of `source`, tensor by tensor, straight into their final type and place.
+
+    Args:
+        execution: of `eval.group.group_execution` where several processes share the work; each loads the weights.
+    """
     place = pick_device(device)
     dtype = dtype or (torch.bfloat16 if place.type == "cuda" else torch.float32)
     with torch.device("meta"):
-        model = CausalLM(source.config, source.rope, backend)
+        model = CausalLM(source.config, source.rope, backend, execution)
     model = model.to(dtype).to_empty(device=place)
     weights = read_hf(source.path).weights if source.kind == "hf" else read_weights(source.path)
     load_weights(model, weights, str(source.path))
-    return Loaded(model.eval().requires_grad_(False), load_tokenizer(source.tokenizer), source)
+    model, tokenizer = model.eval().requires_grad_(False), load_tokenizer(source.tokenizer)
+    if execution.parallel is None:
+        return Loaded(model, tokenizer, source)
+    with torch.device("meta"):
+        alone = CausalLM(source.config, source.rope, backend)
+    alone.load_state_dict(model.state_dict(), assign=True)  # the same tensors, not copies
+    return Loaded(alone.eval().requires_grad_(False), tokenizer, source, Group(model))
 
 
 def pick_device(name: str) -> torch.device:
@@ -196,26 +230,12 @@ def _hf_source(path: Path) -> Source:
         config=opened.config,
         rope=opened.rope,
         seq_len=int(raw["max_position_embeddings"]),
-        moba=_checked_moba(raw.get("moba"), opened.config.num_layers, path),
+        moba=checked_moba(raw.get("moba"), opened.config.num_layers, path),
         data=(),
         tokenizer=path,
         run=None,
         fingerprint=digest,
     )
-
-
-def _checked_moba(raw: Any, num_layers: int, path: Path) -> dict[str, Any] | None:
-    if raw is None:
-        return None
-    try:
-        block_size, topk, layers = int(raw["block_size"]), int(raw["topk"]), [int(i) for i in raw["layers"]]
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path / 'config.json'}: the key moba needs block_size, topk and layers") from error
-    if block_size < 1 or topk < 1 or not all(0 <= layer < num_layers for layer in layers):
-        raise UserError(f"{path / 'config.json'}: moba has a size below 1 or a layer outside 0..{num_layers - 1}")
-    choose = str(raw.get("choose", "moba"))
-    check_chooser(f"{path / 'config.json'}: moba.choose", choose, topk)
-    return {"block_size": block_size, "topk": topk, "layers": layers, "choose": choose}
 
 
 def _sets(config: TrainConfig, stage: str) -> tuple[tuple[str, Path], ...]:

@@ -20,6 +20,7 @@ from eval import harness, tables
 from eval.compare import write_comparison
 from eval.files import write_json
 from eval.gate import save_gates
+from eval.group import serve
 from eval.load import Loaded, Source, compared_plans, find_source, load_source
 from eval.report import write_report
 from eval.ruler.official import found_lengths
@@ -27,6 +28,8 @@ from eval.ruler.run import check_config
 from eval.ruler.texts import Texts
 from eval.suites import Evaluation, Plans, gate_suite, loss_suite
 from eval.task_suites import harness_suite, needle_suite, ruler_suite
+from model.execution import PLAIN, Execution
+from model.parallel_generation import check_parallel
 
 ALL = ("loss", "ruler", "gate")
 RUNNERS = {"loss": loss_suite, "ruler": ruler_suite, "needle": needle_suite, "lm_eval": harness_suite}
@@ -43,26 +46,53 @@ class Work:
     store: TokenStore | None
 
 
-def run(config: EvalConfig) -> dict[str, Any]:
+def run(config: EvalConfig, execution: Execution = PLAIN) -> dict[str, Any]:
     """Run the suites, write everything, and return the results by suite (with several checkpoints: by folder).
+
+    Args:
+        execution: of the first of several processes (`eval.group`); the others run `follow`.
 
     Raises:
         UserError: bad input; raised before any weights are read.
     """
-    paths = [str(path) for path in config.checkpoint] if _several(config) else [str(config.checkpoint)]
     out = Path(config.out)
-    if not paths:
-        raise UserError("checkpoint=[] names nothing to evaluate")
     if config.suite == "report":
-        return _report_only([Path(path) for path in paths], out)
+        return _report_only([Path(path) for path in _paths(config)], out)
+    works = prepare(config)
     if not _several(config):
-        return _evaluate(_prepare(config, paths[0], out))
-    folders = [out / f"{number}-{_slug(path)}" for number, path in enumerate(paths, 1)]
-    works = [_prepare(config, path, folder) for path, folder in zip(paths, folders, strict=True)]
-    results = {folder.name: _evaluate(work) for folder, work in zip(folders, works, strict=True)}
-    report = write_comparison(out, folders)
+        return _evaluate(works[0], execution)
+    results = {Path(work.config.out).name: _evaluate(work, execution) for work in works}
+    report = write_comparison(out, [Path(work.config.out) for work in works])
     tables.say(f"comparison: {report}")
     return results
+
+
+def follow(config: EvalConfig, execution: Execution) -> None:
+    """What every process but the first does while that one runs `run`."""
+    for work in prepare(config):
+        loaded = load_source(work.source, config.device, config.attention.backend, execution=execution)
+        assert loaded.group is not None
+        serve(loaded.group.model)
+
+
+def prepare(config: EvalConfig) -> list[Work]:
+    """Look at everything the suites will need, for each checkpoint. Writes nothing.
+
+    Raises:
+        UserError: bad input.
+    """
+    paths, out = _paths(config), Path(config.out)
+    if not _several(config):
+        return [_prepare(config, paths[0], out)]
+    folders = [out / f"{number}-{_slug(path)}" for number, path in enumerate(paths, 1)]
+    return [_prepare(config, path, folder) for path, folder in zip(paths, folders, strict=True)]
+
+
+def _paths(config: EvalConfig) -> list[str]:
+    paths = [str(path) for path in config.checkpoint] if _several(config) else [str(config.checkpoint)]
+    if not paths:
+        raise UserError("checkpoint=[] names nothing to evaluate")
+    return paths
 
 
 def _several(config: EvalConfig) -> bool:
@@ -85,7 +115,7 @@ def _report_only(folders: list[Path], out: Path) -> dict[str, Any]:
 
 
 def _prepare(config: EvalConfig, path: str, out: Path) -> Work:
-    """Look at everything the suites will need."""
+    """One checkpoint's part of `prepare`."""
     config = copy.deepcopy(config)
     config.checkpoint, config.out = path, str(out)
     suites = ALL if config.suite == "all" else (config.suite,)
@@ -103,13 +133,28 @@ def _prepare(config: EvalConfig, path: str, out: Path) -> Work:
     if "lm_eval" in suites:
         harness.task_shots(config.lm_eval.preset, config.tasks, config.lm_eval.shots)
         harness.require_harness()
+    if config.sequence_parallel > 1:
+        check_parallel(source.config, config.sequence_parallel)
+        seq_len = config.loss.seq_len or source.seq_len
+        if "loss" in suites and seq_len % config.sequence_parallel:
+            raise UserError(
+                f"loss.seq_len={seq_len}: not a multiple of sequence_parallel={config.sequence_parallel}"
+            )
     store = _store(config, source) if {"loss", "gate"} & set(suites) else None
     return Work(config, source, plans, suites, store)
 
 
-def _evaluate(work: Work) -> dict[str, Any]:
+def _evaluate(work: Work, execution: Execution) -> dict[str, Any]:
     config, source = work.config, work.source
-    loaded = load_source(source, config.device, config.attention.backend)
+    loaded = load_source(source, config.device, config.attention.backend, execution=execution)
+    results = _run_suites(work, loaded)
+    if loaded.group is not None:  # after a failure the others are not told: they may wait inside a collective
+        loaded.group.stop()
+    return results
+
+
+def _run_suites(work: Work, loaded: Loaded) -> dict[str, Any]:
+    config, source = work.config, work.source
     _check_tokenizer(loaded, work.store)
     evaluation = Evaluation(config, loaded, work.plans, work.store, config.loss.seq_len or source.seq_len)
     results: dict[str, Any] = {}

@@ -70,7 +70,7 @@ def loss_suite(e: Evaluation) -> dict[str, Any]:
     with tables.progress() as report:
         packed = heldout_batches(e.store, seq_len, settings.tokens, max(1, BATCH_TOKENS // seq_len))
         held = sum_losses(
-            e.loaded.model,
+            e.loaded.losses,
             report("held-out loss", packed, settings.tokens // seq_len),
             e.plans,
             device=e.loaded.device,
@@ -78,7 +78,7 @@ def loss_suite(e: Evaluation) -> dict[str, Any]:
         )
         whole = long_documents(e.store, seq_len, settings.tokens)
         sums = sum_losses(
-            e.loaded.model,
+            e.loaded.losses,
             report("loss by position", whole, settings.tokens // seq_len),
             e.plans,
             device=e.loaded.device,

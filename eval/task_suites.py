@@ -10,7 +10,7 @@ from typing import Any
 from conf.paths import RunPaths
 from conf.schema import RulerConfig
 from eval import harness, tables
-from eval.generate import generate
+from eval.harness_engine import Engine, harness_model
 from eval.ruler.run import Answer, Encoder, run_ruler
 from eval.ruler.tasks import NEEDLE
 from eval.ruler.texts import Texts
@@ -68,8 +68,7 @@ def _answered(e: Evaluation, config: RulerConfig, benchmark: str) -> dict[str, A
 
     def answer_with(name: str) -> Answer:
         def answer(prompts: list[list[int]], tokens: int) -> list[list[int]]:
-            return generate(
-                e.loaded.model,
+            return e.loaded.generate(
                 prompts,
                 max_new_tokens=tokens,
                 eos_id=e.loaded.tokenizer.eos_id,
@@ -113,8 +112,10 @@ def harness_suite(e: Evaluation) -> dict[str, Any]:
     results = {}
     for name, plans in e.plans.items():
         decode = _decode_plans(plans, e.config.generate.decode)
-        model = harness.harness_model(e.loaded, plans, decode, e.config.generate, length)
-        results[name] = harness.run_tasks(model, tasks, settings.include, settings.limit, settings.code)
+        engine = Engine(e.loaded, plans, decode, e.config.generate, length)
+        results[name] = harness.run_tasks(
+            harness_model(engine), tasks, settings.include, settings.limit, settings.code
+        )
     return {
         "checkpoint": e.about,
         "version": version("lm_eval"),

@@ -23,6 +23,7 @@ from model.key_conv import KeyConv
 from model.layers import RMSNorm
 from model.moba import attend_blocks, moba_attention
 from model.moba.choosers import choose
+from model.parallel_generation import all_heads, own_heads
 from model.recompute import Choices
 from model.schedule import LayerPlan
 from model.shapes import head_dim
@@ -95,21 +96,24 @@ class Attention(nn.Module):
             if cache is not None:
                 cache.store_prompt(self.layer, k, v)
             out = self.attend(q, k, v, packed, layer_plan, probe, choices)
-        return self.finish(out, x.shape)
+        return self.finish(out, x.shape, decoding=cache is not None and cache.phase == "decode")
 
     def lead(self, x: Tensor, packed: Packed, cache: KVCache | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """q [T, H, D] and k, v [T, Hkv, D]; under sequence parallelism of whole rows, for this rank's heads."""
+        """q [T, H, D] and k, v [T, Hkv, D]; under sequence parallelism of whole rows, for this rank's heads.
+
+        Decoded tokens are whole on every rank.
+        """
         q, k, v = self._qkv(x, packed, cache)
         if self.parallel is None:
             return q, k, v
-        if cache is not None:
-            raise ValueError("a KV cache needs whole rows: build the model without sequence parallelism")
+        if cache is not None and cache.phase == "decode":
+            return own_heads(self.parallel, q, k, v)
         return self.parallel.to_heads(q, k, v, rows=x.shape[0])
 
-    def finish(self, out: Tensor, shape: torch.Size) -> Tensor:
+    def finish(self, out: Tensor, shape: torch.Size, decoding: bool = False) -> Tensor:
         """The output projection of what `attend` returned, in the shape of x."""
         if self.parallel is not None:
-            out = self.parallel.to_sequence(out, rows=shape[0])
+            out = all_heads(self.parallel, out) if decoding else self.parallel.to_sequence(out, rows=shape[0])
         return self.o_proj(out.reshape(*shape[:-1], -1))
 
     def _qkv(self, x: Tensor, packed: Packed, cache: KVCache | None) -> tuple[Tensor, Tensor, Tensor]:

@@ -38,10 +38,15 @@ def part_attention(
     """q [T, H, D] of the part of the prompts just stored, rows end to end; attends to all before it, [T, H, D].
 
     Args:
+        q_THD: may hold more tokens than the part, as sequence parallelism makes them; they get zeros.
         backend: of MoBA layers, as in `model.dispatch`.
     """
     keys, values = cache.keys[layer], cache.values[layer]
     lengths = [end - first for _, first, end in cache.part]
+    if len(q_THD) > sum(lengths):
+        missing = len(q_THD) - sum(lengths)
+        out = part_attention(q_THD[:-missing], cache, layer, layer_plan, backend)
+        return torch.cat([out, out.new_zeros(missing, *out.shape[1:])])
     by_row = row_kernel(q_THD, min(lengths), layer_plan, backend)
     if by_row is not None:  # reads the cache in place
         pieces = zip(cache.part, q_THD.split(lengths), strict=True)

@@ -79,4 +79,5 @@ def capturable(model: CausalLM, plans: Sequence[LayerPlan]) -> bool:
     config, weight = model.config, next(model.parameters())
     query = torch.empty((1, config.num_heads, head_dim(config)), dtype=weight.dtype, device=weight.device)
     plain = all(layer_plan.kind == "full" for layer_plan in plans) and not config.key_conv
+    plain = plain and model.execution.parallel is None
     return plain and runs_compiled(query, config.num_kv_heads)

@@ -24,6 +24,7 @@ from model.execution import PLAIN, Execution
 from model.layers import RMSNorm
 from model.loss import LMHead, LossSums, sum_losses
 from model.offload import HostOffload
+from model.parallel_generation import parallel_prefill
 from model.rope import Rotary
 from model.schedule import LayerPlan
 from model.shapes import KEY_CONV, check_shapes, head_dim, parameter_shapes
@@ -221,6 +222,8 @@ class CausalLM(nn.Module):
             fp32 [R, V]: logits after each row's last token.
         """
         cache.require("prefill")
+        if self.execution.parallel is not None:
+            return parallel_prefill(self, input_ids_RS, cache, plans, chunk)
         if len(cache.lengths) != input_ids_RS.shape[0] or max(cache.lengths) > input_ids_RS.shape[1]:
             raise ValueError(f"prompts {tuple(input_ids_RS.shape)} do not hold rows of {cache.lengths} tokens")
         device = input_ids_RS.device

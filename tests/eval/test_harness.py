@@ -11,7 +11,8 @@ import torch
 
 from conf.errors import UserError
 from conf.schema import GenerateConfig
-from eval.harness import MOBA_PAPER, harness_model, run_tasks, task_shots
+from eval.harness import MOBA_PAPER, run_tasks, task_shots
+from eval.harness_engine import Engine, harness_model
 from eval.load import Loaded, load_model
 from eval.row_scores import score_rows
 from model.schedule import LayerPlan, full_plans
@@ -78,7 +79,7 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def ours(loaded: Loaded, plans: tuple[LayerPlan, ...] = FULL) -> Any:
-    return harness_model(loaded, plans, plans, GenerateConfig(batch=3), loaded.source.seq_len)
+    return harness_model(Engine(loaded, plans, plans, GenerateConfig(batch=3), loaded.source.seq_len))
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +107,7 @@ def test_requests_equal_those_of_the_hf_model(loaded: Loaded, theirs: Any) -> No
     from lm_eval.api.instance import Instance
 
     def requests(kind: str, arguments: list[tuple[Any, ...]]) -> list[Any]:
-        return [Instance(kind, {}, item, i) for i, item in enumerate(arguments)]  # type: ignore[arg-type]
+        return [Instance(kind, {}, item, i) for i, item in enumerate(arguments)]
 
     text = "the grass is green and blue " * 3
     pairs = [

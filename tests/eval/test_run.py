@@ -139,7 +139,7 @@ def test_report_of_nothing_but_a_loss(small: Small, tmp_path: Path) -> None:
 
 def test_second_run_answers_nothing_again(small: Small, finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = read(finished, "ruler")["plans"]
-    monkeypatch.setattr("eval.task_suites.generate", lambda *_, **__: pytest.fail("asked again"))
+    monkeypatch.setattr("eval.load.generate", lambda *_, **__: pytest.fail("asked again"))
     run(config(small, finished, suite="ruler"))
     assert read(finished, "ruler")["plans"] == before
 
