@@ -39,7 +39,8 @@ def test_same_tokens_and_losses_as_one_process(pool: GlooPool, num_kv_heads: int
 def test_a_whole_evaluation(pool: GlooPool, small: Small, tmp_path: Path, suite: str) -> None:
     asked = [
         f"checkpoint={small.hf}", f"dataset={small.data}", f"suite={suite}", "loss.seq_len=128",
-        "loss.tokens=1024", "ruler.samples=2", "ruler.lengths=[512]", "ruler.tasks=[niah_single_1]", "generate.chunk=100",
+        "loss.tokens=1024", "ruler.samples=2", "ruler.lengths=[512]", "ruler.tasks=[niah_single_1]",
+        "generate.chunk=100",
     ]  # fmt: skip
     run(compose("eval", [*asked, f"out={tmp_path / 'one'}"]))
     shared = pool(jobs.evaluate, asked, str(tmp_path / "four"))[0]
