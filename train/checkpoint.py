@@ -7,13 +7,13 @@ renamed when complete: a kill at any moment leaves the previous checkpoint the n
 
 Ranks share the writing. Parameters are dealt out to shards by a rule every rank computes alike; in each round
 every rank receives one shard, parameter by parameter. `save_checkpoint` writes it at once and holds one shard in
-host memory; `train.saver` keeps a rank's shards and writes them while training goes on. Checking is shared too.
+host memory; `train.saver` keeps a rank's shards and writes them while training goes on. `train.restore` checks and
+reads.
 """
 
 from __future__ import annotations
 
 import json
-import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -22,14 +22,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from conf.errors import UserError
 from conf.load import save_config
 from conf.paths import CheckpointPaths, checkpoint_name
 from conf.schema import TrainConfig
-from model.weights import TensorFiles, read_weights, verify_checkpoint
 from train.engine import DeepSpeedEngine
+from train.files import SaveError as SaveError
 from train.files import remove_folder, safetensors_parts, sync_folder, write_durably
 from train.mesh import Mesh
+from train.restore import checkpoint_folders
+from train.restore import load_engine as load_engine
+from train.restore import newest_valid as newest_valid
+from train.restore import read_state as read_state
 from train.state import (
     MOMENTS,
     WEIGHT,
@@ -38,8 +41,6 @@ from train.state import (
     get_full,
     named_parameters,
     optimizer_step,
-    put_full,
-    put_weights,
     reset_optimizer,
 )
 
@@ -47,10 +48,6 @@ VERSION = 1
 SHARD_BYTES = 256 * 2**20  # of weights; a rank holds three times as much (two moments) while it writes
 Entries = dict[str, dict[str, object]]  # manifest lines
 Take = Callable[[int, dict[str, Tensor], dict[str, Tensor]], None]  # shard number, its weights, its moments
-
-
-class SaveError(RuntimeError):
-    """A checkpoint could not be written (disk full, no permission). The previous ones are intact."""
 
 
 def plan_shards(sizes: dict[str, int], world: int, limit: int = SHARD_BYTES) -> list[list[str]]:
@@ -204,69 +201,8 @@ def commit(
     remove_folder(replaced)
 
 
-def checkpoint_folders(checkpoints: Path) -> list[Path]:
-    """Folders named like checkpoints, oldest first, valid or not."""
-    return sorted(path for path in checkpoints.glob("step-*") if path.is_dir())
-
-
-def read_state(checkpoint: Path) -> TrainState:
-    path = CheckpointPaths(checkpoint).state
-    return TrainState.from_json(json.loads(path.read_text()), str(path))
-
-
-def newest_valid(checkpoints: Path, mesh: Mesh) -> Path | None:
-    """The newest checkpoint whose files all have the manifest's sizes and checksums; None: there is none at all.
-
-    Damaged ones are renamed to `.invalid-...` and reported. Collective; every rank reads and hashes its share.
-
-    Raises:
-        UserError: there are checkpoints, but not one is valid. Starting afresh must be the user's decision.
-    """
-    names = mesh.broadcast([path.name for path in checkpoint_folders(checkpoints)] if mesh.is_main else None)
-    for name in reversed(names):
-        error = _damage(checkpoints / name, mesh)
-        if not error:
-            return checkpoints / name
-        if mesh.is_main:
-            aside = checkpoints / f".invalid-{name}"
-            remove_folder(aside)
-            (checkpoints / name).rename(aside)
-            print(f"WARNING: checkpoint {name} is damaged: {error}", file=sys.stderr)
-            print(f"WARNING: it is now {aside.name}; trying the one before it", file=sys.stderr, flush=True)
-    if names:
-        raise UserError(f"{checkpoints}: no checkpoint is valid; move the folder away to start from scratch")
-    return None
-
-
-def _damage(checkpoint: Path, mesh: Mesh) -> str:
-    """What is wrong with a checkpoint, the same on every rank; empty: nothing. Collective."""
-    error = ""
-    try:
-        verify_checkpoint(checkpoint, share=slice(mesh.rank, None, mesh.world))
-    except (UserError, OSError) as caught:
-        error = str(caught)
-    return next(filter(None, mesh.gather(error)), "")
-
-
 def prune(checkpoints: Path, keep: int) -> None:
     """Delete all but the newest `keep` checkpoints and the last one of every finished stage. One rank only."""
     for folder in checkpoint_folders(checkpoints)[: -max(keep, 1)]:
         if not read_state(folder).stage_done:
             remove_folder(folder)
-
-
-def load_engine(engine: DeepSpeedEngine, checkpoint: Path, *, with_optimizer: bool) -> None:
-    """Restore the fp32 master weights and, if asked, AdamW; else AdamW starts anew. Verified before."""
-    put_weights(engine, read_weights(checkpoint))
-    if not with_optimizer:
-        reset_optimizer(engine, 0)
-        return
-    reset_optimizer(engine, read_state(checkpoint).optimizer_step)
-    missing = {f"{key}.{name}" for name, _ in named_parameters(engine) for key in MOMENTS}
-    params = dict(named_parameters(engine))
-    for name, value in TensorFiles(sorted(checkpoint.glob("optim-*.safetensors"))):
-        key, _, param = name.partition(".")
-        missing.discard(name)
-        put_full(engine, params[param], key, value)
-    if missing:
-        raise UserError(f"{checkpoint}: no {sorted(missing)[0]} and {len(missing) - 1} other optimizer states")

@@ -6,6 +6,8 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -17,6 +19,19 @@ _DTYPES = {
     torch.bfloat16: "BF16",
     torch.float16: "F16",
 }  # as the safetensors format has them
+
+
+class SaveError(RuntimeError):
+    """Something of the run could not be written (disk full, no permission). The checkpoints there are intact."""
+
+
+@contextmanager
+def telling(path: Path) -> Iterator[None]:
+    """Make a failed write to `path` a SaveError of one line."""
+    try:
+        yield
+    except OSError as caught:
+        raise SaveError(f"{path} not written: {caught.strerror or caught}; make room and start again") from caught
 
 
 def write_durably(root: Path, name: str, *parts: bytes | memoryview) -> dict[str, dict[str, object]]:
@@ -81,8 +96,9 @@ def remove_folder(path: Path) -> None:
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Replace a small text file in one step: readers see the old or the new one."""
+    """Replace a small text file in one step: readers see the old or the new one. Raises SaveError."""
     temporary = path.with_name(f".tmp-{path.name}")
-    write_durably(temporary.parent, temporary.name, text.encode())
-    temporary.replace(path)
-    sync_folder(path.parent)
+    with telling(path):
+        write_durably(temporary.parent, temporary.name, text.encode())
+        temporary.replace(path)
+        sync_folder(path.parent)

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 from conf.paths import RunPaths
 from conf.schema import TrainConfig, WandbConfig
-from train.files import replace_text
+from train.files import replace_text, telling
 
 PLAIN_SECONDS = 15.0  # between progress lines where the output is no terminal
 
@@ -46,16 +46,19 @@ class Sink(Protocol):
 
 
 class JsonlSink:
-    """One JSON object per line, appended and flushed, so that a kill loses no finished step."""
+    """One JSON object per line, appended and handed over at once, so that a kill loses no finished step."""
 
     def __init__(self, path: Path, after_step: int) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         drop_rows_after(path, after_step)
-        self._file = path.open("a", encoding="utf-8")
+        self._path, self._file = path, path.open("ab", buffering=0)
 
     def write(self, row: Row) -> None:
-        self._file.write(json.dumps(row) + "\n")
-        self._file.flush()
+        """Raises SaveError where the disk is full; the torn line is dropped by the next start."""
+        data = memoryview(json.dumps(row).encode() + b"\n")
+        with telling(self._path):
+            while len(data):
+                data = data[self._file.write(data) :]
 
     def close(self) -> None:
         self._file.close()
