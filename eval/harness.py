@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from lm_eval.api.model import TemplateLM
 
 # MoBA paper, table 2: task of the harness -> examples in the prompt. What the harness lacks is left out: LooGLE,
-# SimpleQA and the sanitized MBPP; RULER is `suite=ruler`, at 128K in the paper.
+# SimpleQA and the sanitized MBPP; RULER is `suite=ruler`, at 128K in the paper. LongBench is cut at 32K there
+# (lm_eval.max_length=32768), and MMLU Pro asks for a chain of thought, as the harness's task does.
 MOBA_PAPER: dict[str, int] = {
     "agieval": 0,
     "bbh": 3,

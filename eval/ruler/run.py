@@ -13,7 +13,7 @@ from conf.errors import UserError
 from conf.schema import RulerConfig
 from eval.ruler.official import check_prompts, import_samples
 from eval.ruler.sample import Sample
-from eval.ruler.score import effective_length, mean_score, score_task, weighted_means
+from eval.ruler.score import clean, effective_length, mean_score, score_task, weighted_means
 from eval.ruler.store import DATA_VERSION, PredictionFile, SampleFile, keyed_folder
 from eval.ruler.tasks import OFFICIAL, answer_tokens, check_task, make_sample, make_task
 from eval.ruler.template import MODEL_TEMPLATES
@@ -149,7 +149,7 @@ def score(config: RulerConfig, samples: Path, predictions: Path) -> dict[str, An
         for name in config.tasks:
             texts, references = PredictionFile(predictions, length, name).read(config.samples)
             scores[name] = score_task(name, texts, references)
-            empty[name] = sum(not text.strip() for text in texts)
+            empty[name] = sum(not clean(text) for text in texts)
             used = [s.length / length for s in SampleFile(samples, length, name).read(config.samples)]
             filled[name] = sum(used) / len(used)
         means[length] = mean_score(scores) or 0.0
