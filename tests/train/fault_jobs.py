@@ -87,6 +87,16 @@ def stage_with_little_disk(config: TrainConfig, rank: int, limit: int) -> str:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
+def stage_until_the_disk_is_full(config: TrainConfig) -> str:
+    """`stage_on` for stage `short`; the SaveError's text."""
+    from train.files import SaveError
+
+    try:
+        return f"code {stage_on(config, 'short')}"
+    except SaveError as error:
+        return str(error)
+
+
 def state_of(config: TrainConfig, step: int) -> dict[str, Any]:
     path = RunPaths(Path(config.out)).checkpoints / checkpoint_name(step) / "state.json"
     state: dict[str, Any] = json.loads(path.read_text())

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,8 @@ from launch.packages import ROOT
 from tests.gloo import GlooPool
 from tests.train import fault_jobs, jobs
 from tests.train.test_run import rows_of
+from train.files import SaveError
+from train.metrics import JsonlSink
 
 KILLS = int(os.environ.get("LONGMOBA_KILLS", "50"))  # `make soak` asks for more
 STEPS = 5 * KILLS
@@ -64,3 +67,46 @@ def test_a_full_disk_stops_all_ranks_with_one_line(
     assert [path.name for path in RunPaths(tmp_path).checkpoints.glob("step-*")] == ["step-00000002"]
     assert pool2(fault_jobs.stage_on, config, "short") == [0, 0]
     assert [row["step"] for row in rows_of(tmp_path, "train")] == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 600 KiB: a few checkpoints of the tiny model."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=600k", "tmpfs", str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip(f"no file system can be mounted here: {' '.join(done.stderr.split())}")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+@pytest.mark.parametrize("background", [True, False])
+def test_a_small_disk_runs_full(
+    pool2: GlooPool, prepared: Path, tmp_path: Path, small_disk: Path, background: bool
+) -> None:
+    """Everything of the run lies on it. One line, the newest checkpoint stays good, and with room it goes on."""
+    config = jobs.chain_config(str(small_disk / "run"), str(prepared), zero_stage=2)
+    config.checkpoint.every, config.checkpoint.keep, config.checkpoint.background = 1, 99, background
+    config.stages["short"].tokens, config.eval.tokens = 12 * 128, 0
+    (small_disk / "filler").write_bytes(bytes(150_000))
+    said = pool2(fault_jobs.stage_until_the_disk_is_full, config)
+    assert said[0] == said[1] and "\n" not in said[0]
+    assert "checkpoint not written: rank " in said[0] and "No space left on device" in said[0]
+    checkpoints = RunPaths(small_disk / "run").checkpoints
+    kept = sorted(path.name for path in checkpoints.glob("step-*"))
+    assert kept and pool2(jobs.newest, str(checkpoints)) == [(kept[-1], "")] * 2
+    (small_disk / "filler").unlink()
+    config.checkpoint.keep = 1
+    assert pool2(fault_jobs.stage_on, config, "short") == [0, 0]
+    assert [row["step"] for row in rows_of(small_disk / "run", "train")] == list(range(1, 13))
+
+
+def test_metrics_on_a_full_disk_are_one_line(small_disk: Path) -> None:
+    log = JsonlSink(small_disk / "metrics.jsonl", -1)
+    with pytest.raises(SaveError, match=r"metrics.jsonl not written: No space left on device") as caught:
+        for step in range(100_000):
+            log.write({"kind": "train", "step": step})
+    log.close()
+    assert "\n" not in str(caught.value)
