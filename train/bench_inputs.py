@@ -35,7 +35,7 @@ def random_weights(config: TrainConfig, device: torch.device) -> Iterator[tuple[
             yield name, torch.ones(shape)
         else:
             std = config.model.init_std
-            yield name, torch.empty(shape, device=device).normal_(0.0, std, generator=draw).cpu()
+            yield name, torch.empty(shape, device=device).normal_(0.0, std, generator=draw)
 
 
 def check_loss(sums: Tensor, config: TrainConfig) -> None:

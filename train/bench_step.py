@@ -168,6 +168,8 @@ def _engine_key(config: TrainConfig) -> str:
 def build(config: TrainConfig, mesh: Mesh) -> DeepSpeedEngine:
     """The engine of a training run, as `train.run.build` makes it, with random weights."""
     model = build_model(config, STAGE, stage_ropes(config.stages)[STAGE], 1, execution_of(config, mesh))
+    if config.engine.zero_stage < 3:
+        model.to_empty(device=mesh.device)
     fill_model(model, random_weights(config, mesh.device), "random weights")
     engine = build_engine(model, config, 1, 1, mesh)
     reset_optimizer(engine, 0)

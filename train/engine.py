@@ -115,7 +115,9 @@ def build_model(
     """
     stage = config.stages[name]
     if config.engine.zero_stage < 3:
-        return CausalLM(config.model, rope, stage.attention.backend, execution)
+        with torch.device("meta"):  # else torch draws weights that nobody asked for: seconds per billion
+            model = CausalLM(config.model, rope, stage.attention.backend, execution)
+        return model.to_empty(device="cpu")
     import deepspeed
 
     ds = deepspeed_config(config, stage.micro_batch, accumulation, num_parameters(config.model))
