@@ -163,6 +163,7 @@ class Attention(nn.Module):
                 block_size=block_size,
                 topk=topk,
                 cu_seqlens=cu_seqlens,
+                max_seqlen=packed.max_seqlen,
                 backend=self.backend,
                 remember=choices,
             )

@@ -53,6 +53,8 @@ class Backend:
         max_block_size: largest block; 0: no limit.
         missing: a reason why this machine cannot run it (a package, a GPU generation), or None.
         full_when_dense: True lets `moba_attention` use `model.full` when every past block is chosen anyway.
+        full_when_ragged: the same for packed documents of unequal length, where `model.full` on a GPU runs
+            flash-attention 2.
     """
 
     name: str
@@ -65,6 +67,7 @@ class Backend:
     max_block_size: int = 0
     missing: Callable[[], str | None] = _nothing_missing
     full_when_dense: bool = True
+    full_when_ragged: bool = True
 
     def refuse(self, *, device_type: str, dtype: torch.dtype, head_dim: int, block_size: int) -> str | None:
         """Why this backend cannot do the job, or None if it can."""

@@ -163,7 +163,10 @@ def _attend(
         )
     shape: dict[str, Any] = {"block_size": plan.block_size, "cu_seqlens": cu_seqlens}
     if plan.choose == "moba":
-        return moba_attention(q_THD, k_SHD, v_SHD, topk=plan.topk, softmax_scale=scale, **shape)
+        longest = max(layout.key_lengths)
+        return moba_attention(
+            q_THD, k_SHD, v_SHD, topk=plan.topk, max_seqlen=longest, softmax_scale=scale, **shape
+        )
     ids = choose(plan.choose, q_THD, k_SHD, topk=plan.topk, **shape)
     return attend_blocks(q_THD, k_SHD, v_SHD, ids, softmax_scale=scale, **shape)
 

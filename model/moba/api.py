@@ -5,8 +5,10 @@ Shape legend: T tokens, N documents, H query heads, Hkv key heads, D head dimens
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -18,6 +20,7 @@ from model.moba.blocks import BlockTable, build_block_table
 
 BLOCK_MULTIPLE = 16
 Remember = Callable[[Callable[[], Tensor], int], Tensor]
+_log = logging.getLogger(__name__)
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -29,6 +32,7 @@ def moba_attention(
     block_size: int,
     topk: int,
     cu_seqlens: Tensor | None = None,
+    max_seqlen: int | None = None,
     softmax_scale: float | None = None,
     backend: str = "auto",
     remember: Remember | None = None,
@@ -47,6 +51,8 @@ def moba_attention(
         topk: at least 1.
         cu_seqlens: int32 [N + 1] document borders from 0 to T, on the device of q; None: one document.
             The values are checked on the CPU only (reading them on a GPU would wait for it).
+        max_seqlen: longest document, or any larger number; None: T. Slots that no query can fill are then left
+            out, and where `topk` covers the longest document full attention runs (said once in the log).
         softmax_scale: None: 1 / sqrt(D).
         backend: auto | reference | varlen | triton, see `model.dispatch`.
         remember: stands between the choice and its use: `remember(choose, num_blocks)` returns `choose()`, int32
@@ -62,12 +68,15 @@ def moba_attention(
     _check_topk(topk)
     chosen = _backend(backend, q, block_size)
     scale = _scale(q, softmax_scale)
+    longest = _longest(max_seqlen, cu_seqlens, q.shape[0])
+    most_past = (longest - 1) // block_size
+    if topk > most_past and _runs_full(chosen, longest, cu_seqlens, q.shape[0]):
+        _say_full(block_size, topk)
+        return full_attention(q, k, v, cu_seqlens=cu_seqlens, max_seqlen=longest, softmax_scale=scale)
     table = build_block_table(cu_seqlens, q.shape[0], block_size)
-    if chosen.full_when_dense and topk > table.max_past:
-        return full_attention(q, k, v, cu_seqlens=cu_seqlens, max_seqlen=q.shape[0], softmax_scale=scale)
 
     def pick() -> Tensor:
-        return chosen.choose(q.detach(), k.detach(), table, _num_past(topk, table))
+        return chosen.choose(q.detach(), k.detach(), table, min(topk - 1, most_past))
 
     block_ids = pick() if remember is None else remember(pick, table.block_start.numel())
     return chosen.attend(q, k, v, block_ids, table, scale)
@@ -181,6 +190,30 @@ def _check_block_ids(block_ids: Tensor, q: Tensor, table: BlockTable) -> None:
         twice = (ordered[..., 1:] == ordered[..., :-1]) & (ordered[..., 1:] >= 0)
         if not bool((past | (block_ids == -1)).all()) or bool(twice.any()):
             raise UserError("block_ids: must be distinct past blocks of the query's document, or -1")
+
+
+def _longest(max_seqlen: int | None, cu_seqlens: Tensor, tokens: int) -> int:
+    """Bound on the tokens of a document."""
+    if max_seqlen is None:
+        return tokens
+    documents = cu_seqlens.numel() - 1
+    longest = max_seqlen if cu_seqlens.device.type != "cpu" else int(cu_seqlens.diff().max())
+    if max_seqlen < longest or max_seqlen * documents < tokens:
+        raise UserError(f"max_seqlen={max_seqlen}: there is a longer document among the {documents}")
+    return min(max_seqlen, tokens)
+
+
+def _runs_full(chosen: Backend, longest: int, cu_seqlens: Tensor, tokens: int) -> bool:
+    """Whether full attention is the better way to the same result when every past block is chosen."""
+    documents = cu_seqlens.numel() - 1
+    ragged = documents > 1 and documents * longest != tokens
+    return chosen.full_when_dense and (chosen.full_when_ragged or not ragged)
+
+
+@cache
+def _say_full(block_size: int, topk: int) -> None:
+    what = "MoBA with block_size %d and topk %d covers whole documents: full attention runs, with the same result"
+    _log.info(what, block_size, topk)
 
 
 def _backend(name: str, q: Tensor, block_size: int) -> Backend:

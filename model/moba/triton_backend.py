@@ -42,4 +42,5 @@ BACKEND = Backend(
     choose=choose,
     attend=attend,
     missing=_missing,
+    full_when_ragged=False,  # flash-attention 2 takes 1.8 times what cuDNN takes: these kernels are faster
 )

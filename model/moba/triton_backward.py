@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from model.moba import triton_common as common
+from model.moba import triton_steps as steps
 from model.moba.blocks import BlockTable
 from model.moba.triton_common import Tile
 from model.moba.triton_lists import Lists, TileTable
@@ -74,13 +75,9 @@ def _dq_kernel(
 
     Also copies lse and delta into list order, which the dk, dv kernel streams.
     """
-    tile = tl.program_id(0)
-    lists = tl.load(tile_ptr + tile * 4)  # before the test: one latency less for the tiles in use
-    offset = tl.load(tile_ptr + tile * 4 + 1)
-    count = tl.load(tile_ptr + tile * 4 + 2)
-    if tile < tl.load(num_tiles_ptr):
-        head = lists // num_lists
-        start = tl.load(block_start_ptr + lists - head * num_lists)
+    lists, offset, count, active = steps.list_tile(tile_ptr, num_tiles_ptr)
+    if active:
+        head, start = steps.list_block(block_start_ptr, lists, num_lists)
         r = tl.arange(0, ROWS)
         d = tl.arange(0, D)
         n = tl.arange(0, KEYS)
@@ -98,11 +95,9 @@ def _dq_kernel(
         for j in tl.range(0, block_size, KEYS):
             k = k_desc.load([start + j, column])
             v = v_desc.load([start + j, column])
-            p = tl.exp2(tl.dot(q, k.T, input_precision="ieee") * scale_log2 - lse[:, None])
-            if not EVEN:
-                p = tl.where((j + n < block_size)[None, :], p, 0.0)
-            ds = p * (tl.dot(dout, v.T, input_precision="ieee") - delta[:, None])
-            dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
+            inside = (j + n < block_size)[None, :]
+            ds = steps.query_gradient(q, dout, k, v, lse, delta, inside, scale_log2, not EVEN)
+            dq = tl.dot(ds, k, dq, input_precision="ieee")
         to = head.to(tl.int64) * pairs_per_head + pair - pair_base
         tl.store(part_ptr + to[:, None] * D + d[None, :], dq.to(part_ptr.dtype.element_ty), mask=live[:, None])
 
@@ -135,13 +130,9 @@ def _stationary_dq_kernel(
     EVEN: tl.constexpr,  # block_size == KEYS
 ):
     """As `_dq_kernel` for a small block: its keys stay in shared memory, rows stream."""
-    tile = tl.program_id(0)
-    lists = tl.load(tile_ptr + tile * 4)  # before the test: one latency less for the tiles in use
-    offset = tl.load(tile_ptr + tile * 4 + 1)
-    count = tl.load(tile_ptr + tile * 4 + 2)
-    if tile < tl.load(num_tiles_ptr):
-        head = lists // num_lists
-        start = tl.load(block_start_ptr + lists - head * num_lists)
+    lists, offset, count, active = steps.list_tile(tile_ptr, num_tiles_ptr)
+    if active:
+        head, start = steps.list_block(block_start_ptr, lists, num_lists)
         r = tl.arange(0, ROWS)
         d = tl.arange(0, D)
         n = tl.arange(0, KEYS)
@@ -157,11 +148,9 @@ def _stationary_dq_kernel(
             delta = tl.load(delta_ptr + row)
             tl.store(list_lse_ptr + offset + i + r, lse, mask=live)
             tl.store(list_delta_ptr + offset + i + r, delta, mask=live)
-            p = tl.exp2(tl.dot(q, k.T, input_precision="ieee") * scale_log2 - lse[:, None])
-            if not EVEN:
-                p = tl.where((n < block_size)[None, :], p, 0.0)
-            ds = p * (tl.dot(dout, v.T, input_precision="ieee") - delta[:, None])
-            dq = tl.dot(ds.to(k.dtype), k, input_precision="ieee")
+            inside = (n < block_size)[None, :]
+            ds = steps.query_gradient(q, dout, k, v, lse, delta, inside, scale_log2, not EVEN)
+            dq = tl.dot(ds, k, input_precision="ieee")
             to = base + tl.load(pair_ptr + offset + i + r, mask=live, other=0)
             tl.store(part_ptr + to[:, None] * D + d[None, :], dq.to(part_ptr.dtype.element_ty), mask=live[:, None])
 
@@ -191,6 +180,8 @@ def _merge_kernel(
     ROWS: tl.constexpr,
     KEYS: tl.constexpr,
     D: tl.constexpr,
+    SLOTS: tl.constexpr,  # see triton_common.slot_bits
+    AHEAD: tl.constexpr,  # stages of the loop over partials
 ):
     """Program = (ROWS tokens, query head): dq of the own block plus the partials in slot order."""
     local = tl.program_id(0) % (num_heads * G)
@@ -213,14 +204,15 @@ def _merge_kernel(
     for j in tl.range(tl.load(own_start_ptr + first), last + 1, KEYS):
         k = k_desc.load([j, head * D])
         v = v_desc.load([j, head * D])
-        # own_start <= key <= token in one unsigned comparison
-        visible = (token[:, None] - (j + n)[None, :]).to(tl.uint32) <= depth.to(tl.uint32)[:, None]
-        p = tl.exp2(tl.dot(q, k.T, input_precision="ieee") * scale_log2 - lse[:, None])
-        ds = tl.where(visible, p, 0.0) * (tl.dot(dout, v.T, input_precision="ieee") - delta[:, None])
-        dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
+        visible = steps.inside_own(token, depth, j + n)
+        ds = steps.query_gradient(q, dout, k, v, lse, delta, visible, scale_log2, True)
+        dq = tl.dot(ds, k, dq, input_precision="ieee")
     pair = (head - first_head).to(tl.int64) * pairs_per_head + ((token - first_token).to(tl.int64) * G + g) * K
-    for s in tl.range(0, K, num_stages=2):
-        used = tl.load(ids_ptr + row * K + s, mask=live, other=-1) >= 0
+    bits = live.to(tl.int32)
+    if SLOTS > 0:
+        bits = steps.used_slots(ids_ptr, row, live, K, SLOTS)
+    for s in tl.range(0, K, num_stages=AHEAD):
+        used = steps.is_used(bits, ids_ptr, row, live, K, s, SLOTS)
         part = tl.load(part_ptr + (pair + s)[:, None] * D + d[None, :], mask=used[:, None], other=0.0)
         dq += part.to(tl.float32)
     tl.store(dq_ptr + at, (dq * softmax_scale).to(dq_ptr.dtype.element_ty), mask=live[:, None])
@@ -345,5 +337,7 @@ def merge_dq(
         ROWS=tile.rows,
         KEYS=tile.keys,
         D=D,
+        SLOTS=common.slot_bits(K),
+        AHEAD=common.SLOTS_AHEAD,
         **tile.options,
     )

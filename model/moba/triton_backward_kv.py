@@ -19,24 +19,13 @@ import triton.language as tl
 from torch import Tensor
 
 from model.moba import triton_common as common
+from model.moba import triton_steps as steps
 from model.moba.blocks import BlockTable
 from model.moba.triton_backward import RowSums
 from model.moba.triton_common import Tile
 from model.moba.triton_lists import Lists
 
 _COPY_PIECE = 1024
-
-
-@triton.jit
-def _gradient_step(q, dout, lse, delta, k, v, visible, scale_log2, dk, dv, MASK: tl.constexpr):
-    """Adds the rows q, dout [ROWS, D] to dk, dv [KEYS, D]; returns ds^T too."""
-    pt = tl.exp2(tl.dot(k, q.T, input_precision="ieee") * scale_log2 - lse[None, :])
-    if MASK:
-        pt = tl.where(visible, pt, 0.0)
-    dv = tl.dot(pt.to(dout.dtype), dout, dv, input_precision="ieee")
-    dst = (pt * (tl.dot(v, dout.T, input_precision="ieee") - delta[None, :])).to(q.dtype)
-    dk = tl.dot(dst, q, dk, input_precision="ieee")
-    return dk, dv, dst
 
 
 @triton.jit(
@@ -99,6 +88,7 @@ def _dkv_kernel(
     ROUTED: tl.constexpr,
     FUSED: tl.constexpr,
     SPLIT: tl.constexpr,
+    EVEN: tl.constexpr,  # block_size % KEYS == 0
     STAGES: tl.constexpr,
 ):
     """Program = (block, key head, KEYS of its keys): the first `segment` list entries and the own block.
@@ -155,8 +145,9 @@ def _dkv_kernel(
                 dout = tl.load(dout_ptr + row[:, None] * D + d[None, :])
                 lse = tl.where(live, list_lse_desc.load([offset + i]), float("inf"))
                 delta = list_delta_desc.load([offset + i])  # past the end: other entries or 0, never NaN
-                dk, dv, dst = _gradient_step(
-                    q, dout, lse, delta, k, v, (key < end)[:, None], scale_log2, dk, dv, FUSED
+                # a chosen block is full: only dq, which sums over keys, must not see those past its end
+                dk, dv, dst = steps.key_gradients(
+                    q, dout, lse, delta, k, v, (key < end)[:, None], scale_log2, dk, dv, FUSED & (not EVEN)
                 )
                 if FUSED:
                     dq = tl.dot(dst.T, k, input_precision="ieee")
@@ -171,7 +162,9 @@ def _dkv_kernel(
         num = (end - start + (ROWS - 1)) // ROWS
         if begin > 0:
             num = 0
-        for i in tl.range(0, num * G, num_stages=STAGES):
+        # Fused: not pipelined. Accumulators that two pipelined loops hand over make ptxas wait for every single
+        # matrix instruction of the kernel there.
+        for i in tl.range(0, num * G, num_stages=1 if FUSED else STAGES):
             query_head = head * G + i % G
             first = start + i // G * ROWS
             token = first + r
@@ -180,7 +173,7 @@ def _dkv_kernel(
             lse = lse_desc.load([query_head * padded_tokens + first])
             delta = delta_desc.load([query_head * padded_tokens + first])
             visible = key[:, None] <= tl.where(token < end, token, -1)[None, :]
-            dk, dv, dst = _gradient_step(q, dout, lse, delta, k, v, visible, scale_log2, dk, dv, True)
+            dk, dv, dst = steps.key_gradients(q, dout, lse, delta, k, v, visible, scale_log2, dk, dv, True)
         at = (key.to(tl.int64) * num_kv_heads + head)[:, None] * D + d[None, :]
         live_key = (key < end)[:, None]
         whole = True
@@ -202,6 +195,8 @@ def _sum_kernel(
     piece_ptr,
     slot_ptr,
     count_ptr,
+    extra_ptr,
+    num_extra_ptr,
     block_start_ptr,
     dk_ptr,
     dv_ptr,
@@ -215,10 +210,15 @@ def _sum_kernel(
     KEYS: tl.constexpr,
     D: tl.constexpr,
 ):
-    """Program = (list, KEYS of its keys): dk, dv of a long list, its pieces added in the order of the list."""
-    lists = tl.program_id(0) // num_subs
-    count = tl.load(count_ptr + lists)
-    if count > segment:
+    """Program = (long list, KEYS of its keys): dk, dv of the list, its pieces added in the order of the list.
+
+    A long list is found by its second segment: every one has exactly one.
+    """
+    extra = tl.program_id(0) // num_subs
+    active = extra < tl.load(num_extra_ptr)
+    lists = tl.load(extra_ptr + extra * 2, mask=active, other=0)
+    if tl.load(extra_ptr + extra * 2 + 1, mask=active, other=0) == 1:
+        count = tl.load(count_ptr + lists)
         local = lists // num_lists
         slot = tl.load(slot_ptr + lists).to(tl.int64)
         n = tl.program_id(0) % num_subs * KEYS + tl.arange(0, KEYS)
@@ -236,31 +236,29 @@ def _sum_kernel(
         tl.store(dv_ptr + at, dv.to(dv_ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["entries", "num_rows"])
 def _list_kernel(
-    row_ptr, lse_ptr, delta_ptr, list_lse_ptr, list_delta_ptr, offset_ptr, count_ptr, PIECE: tl.constexpr
-):
-    """Program = (list): lse and delta in list order."""
-    offset = tl.load(offset_ptr + tl.program_id(0))
-    count = tl.load(count_ptr + tl.program_id(0))
-    for base in tl.range(0, count, PIECE):
-        i = base + tl.arange(0, PIECE)
-        live = i < count
-        row = tl.load(row_ptr + offset + i, mask=live, other=0)
-        tl.store(list_lse_ptr + offset + i, tl.load(lse_ptr + row, mask=live, other=0.0), mask=live)
-        tl.store(list_delta_ptr + offset + i, tl.load(delta_ptr + row, mask=live, other=0.0), mask=live)
+    row_ptr, lse_ptr, delta_ptr, list_lse_ptr, list_delta_ptr, entries, num_rows, PIECE: tl.constexpr
+):  # fmt: skip
+    """lse and delta in list order. Gaps between lists hold arbitrary row ids and get those of some row."""
+    i = tl.program_id(0).to(tl.int64) * PIECE + tl.arange(0, PIECE)
+    live = i < entries
+    row = tl.load(row_ptr + i, mask=live, other=0)
+    row = tl.where((row >= 0) & (row < num_rows), row, 0)
+    tl.store(list_lse_ptr + i, tl.load(lse_ptr + row, mask=live, other=0.0), mask=live)
+    tl.store(list_delta_ptr + i, tl.load(delta_ptr + row, mask=live, other=0.0), mask=live)
 
 
 def fill_list_sums(lists: Lists, sums: RowSums, list_lse: Tensor, list_delta: Tensor) -> None:
     """lse and delta of every list entry, where no dq kernel has written them."""
-    _list_kernel[(lists.offset.numel(),)](
+    _list_kernel[(common.ceil_div(list_lse.numel(), _COPY_PIECE),)](
         lists.row,
         sums.lse_TH,
         sums.delta_TH,
         list_lse,
         list_delta,
-        lists.offset,
-        lists.count,
+        list_lse.numel(),
+        sums.lse_TH.numel(),
         PIECE=_COPY_PIECE,
         num_warps=4,
     )
@@ -339,16 +337,19 @@ def dkv(
         ROUTED=lists is not None,
         FUSED=part is not None,
         SPLIT=cut is not None,
+        EVEN=table.block_size % tile.keys == 0,
         STAGES=tile.stages,
         **tile.options,
     )
     if lists is not None and cut is not None:
         keys = min(32, tile.keys)
         num_subs = common.ceil_div(table.block_size, keys)
-        _sum_kernel[(lists.offset.numel() * num_subs,)](
+        _sum_kernel[(max_extra * num_subs,)](
             piece,
             cut.slot,
             lists.count,
+            cut.extra,
+            cut.num_extra,
             table.block_start,
             dk_THD,
             dv_THD,

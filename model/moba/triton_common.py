@@ -23,6 +23,7 @@ LOG2E = math.log2(math.e)
 # True when the kernels of this process run in Triton's interpreter (TRITON_INTERPRET=1 at the first import).
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 MIN_SEGMENT = 128 if INTERPRETED else 1 << 14  # list entries one program takes in the dk, dv kernel, at least
+SLOTS_AHEAD = 2  # stages of the loops over the partials of a query
 LIST_ALIGN = 4  # list starts are multiples of 16 bytes of fp32: 1-D TMA loads need it
 
 
@@ -146,6 +147,12 @@ def flat_rows(x: Tensor, rows: int) -> Any:
 def vector(x: Tensor, size: int) -> Any:
     """Descriptor of [size] pieces of a contiguous tensor seen as one vector."""
     return TensorDescriptor(x, [x.numel()], [1], [size])
+
+
+def slot_bits(slots: int) -> int:
+    """Slots of a query rounded up to a power of two if they fit the bits of an int32, else 0."""
+    padded = next_power_of_two(slots)
+    return padded if 0 < slots <= 32 else 0
 
 
 def next_power_of_two(n: int) -> int:

@@ -17,26 +17,10 @@ import triton.language as tl
 from torch import Tensor
 
 from model.moba import triton_common as common
+from model.moba import triton_steps as steps
 from model.moba.blocks import BlockTable
 from model.moba.triton_common import Tile
 from model.moba.triton_lists import Lists, TileTable
-
-# Maximum of a row that has seen nothing yet: finite, so that exp2(-inf - top) is 0 and never inf - inf.
-_LOW = tl.constexpr(-1.0e30)
-
-
-@triton.jit
-def _attend(q, k, v, visible, scale_log2, top, total, out, MASK: tl.constexpr):
-    """One online-softmax step: out, total, top (running maximum) after the keys k, v."""
-    score = tl.dot(q, k.T, input_precision="ieee")
-    if MASK:
-        score = tl.where(visible, score, float("-inf"))
-    new_top = tl.maximum(top, tl.max(score, 1) * scale_log2)
-    p = tl.exp2(score * scale_log2 - new_top[:, None])
-    decay = tl.exp2(top - new_top)
-    total = total * decay + tl.sum(p, 1)
-    out = tl.dot(p.to(v.dtype), v, out * decay[:, None], input_precision="ieee")
-    return new_top, total, out
 
 
 @triton.jit(do_not_specialize=["num_lists", "first_head", "pair_base", "pairs_per_head"])
@@ -63,13 +47,9 @@ def _routed_kernel(
     EVEN: tl.constexpr,  # block_size % KEYS == 0
 ):
     """Program = up to ROWS pairs of one block; keys stream through shared memory."""
-    tile = tl.program_id(0)
-    lists = tl.load(tile_ptr + tile * 4)  # before the test: one latency less for the tiles in use
-    offset = tl.load(tile_ptr + tile * 4 + 1)
-    count = tl.load(tile_ptr + tile * 4 + 2)
-    if tile < tl.load(num_tiles_ptr):
-        head = lists // num_lists
-        start = tl.load(block_start_ptr + lists - head * num_lists)
+    lists, offset, count, active = steps.list_tile(tile_ptr, num_tiles_ptr)
+    if active:
+        head, start = steps.list_block(block_start_ptr, lists, num_lists)
         r = tl.arange(0, ROWS)
         d = tl.arange(0, D)
         n = tl.arange(0, KEYS)
@@ -77,14 +57,14 @@ def _routed_kernel(
         row = tl.load(row_ptr + offset + tl.minimum(r, count - 1)).to(tl.int64)
         pair = tl.load(pair_ptr + offset + r, mask=live, other=0)  # needed last, in flight from here
         q = tl.load(q_ptr + row[:, None] * D + d[None, :])
-        top = tl.full([ROWS], _LOW, tl.float32)
+        top = tl.full([ROWS], steps.LOW, tl.float32)
         total = tl.zeros([ROWS], tl.float32)
         out = tl.zeros([ROWS, D], tl.float32)
         column = (first_head + head) * D
         for j in tl.range(0, block_size, KEYS):
             k = k_desc.load([start + j, column])
             v = v_desc.load([start + j, column])
-            top, total, out = _attend(
+            top, total, out = steps.attend(
                 q, k, v, (j + n < block_size)[None, :], scale_log2, top, total, out, not EVEN
             )
         out = out * (1.0 / total)[:, None]
@@ -117,13 +97,9 @@ def _stationary_kernel(
     EVEN: tl.constexpr,  # block_size == KEYS
 ):
     """Program = a run of pairs of one small block: its keys stay in shared memory, query rows stream."""
-    tile = tl.program_id(0)
-    lists = tl.load(tile_ptr + tile * 4)  # before the test: one latency less for the tiles in use
-    offset = tl.load(tile_ptr + tile * 4 + 1)
-    count = tl.load(tile_ptr + tile * 4 + 2)
-    if tile < tl.load(num_tiles_ptr):
-        head = lists // num_lists
-        start = tl.load(block_start_ptr + lists - head * num_lists)
+    lists, offset, count, active = steps.list_tile(tile_ptr, num_tiles_ptr)
+    if active:
+        head, start = steps.list_block(block_start_ptr, lists, num_lists)
         r = tl.arange(0, ROWS)
         d = tl.arange(0, D)
         n = tl.arange(0, KEYS)
@@ -171,6 +147,8 @@ def _combine_kernel(
     ROWS: tl.constexpr,
     KEYS: tl.constexpr,
     D: tl.constexpr,
+    SLOTS: tl.constexpr,  # see triton_common.slot_bits
+    AHEAD: tl.constexpr,  # stages of the loop over partials
 ):
     """Program = (ROWS tokens, query head): own block, then the partials in slot order."""
     local = tl.program_id(0) % (num_heads * G)
@@ -183,7 +161,7 @@ def _combine_kernel(
     n = tl.arange(0, KEYS)
     row = token.to(tl.int64) * H + head * G + g
     q = tl.load(q_ptr + row[:, None] * D + d[None, :], mask=live[:, None], other=0.0)
-    top = tl.full([ROWS], _LOW, tl.float32)
+    top = tl.full([ROWS], steps.LOW, tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     out = tl.zeros([ROWS, D], tl.float32)
 
@@ -196,19 +174,22 @@ def _combine_kernel(
     column = head * D
     depth = token - tl.load(own_start_ptr + token, mask=live, other=0)
     for j in tl.range(plain_end, last + 1, KEYS, num_stages=1):
-        # own_start <= key <= token in one unsigned comparison
-        visible = (token[:, None] - (j + n)[None, :]).to(tl.uint32) <= depth.to(tl.uint32)[:, None]
         k = k_desc.load([j, column])
         v = v_desc.load([j, column])
-        top, total, out = _attend(q, k, v, visible, scale_log2, top, total, out, True)
+        top, total, out = steps.attend(
+            q, k, v, steps.inside_own(token, depth, j + n), scale_log2, top, total, out, True
+        )
     for j in tl.range(begin, plain_end, KEYS):
         k = k_desc.load([j, column])
         v = v_desc.load([j, column])
-        top, total, out = _attend(q, k, v, True, scale_log2, top, total, out, False)
+        top, total, out = steps.attend(q, k, v, True, scale_log2, top, total, out, False)
 
     pair = (head - first_head).to(tl.int64) * pairs_per_head + ((token - first_token).to(tl.int64) * G + g) * K
-    for s in tl.range(0, K, num_stages=2):
-        used = tl.load(ids_ptr + row * K + s, mask=live, other=-1) >= 0
+    bits = live.to(tl.int32)
+    if SLOTS > 0:
+        bits = steps.used_slots(ids_ptr, row, live, K, SLOTS)
+    for s in tl.range(0, K, num_stages=AHEAD):
+        used = steps.is_used(bits, ids_ptr, row, live, K, s, SLOTS)
         lse = tl.load(part_lse_ptr + pair + s, mask=used, other=float("-inf"))
         part = tl.load(part_ptr + (pair + s)[:, None] * D + d[None, :], mask=used[:, None], other=0.0)
         new_top = tl.maximum(top, lse)
@@ -307,5 +288,7 @@ def combine(
         ROWS=tile.rows,
         KEYS=tile.keys,
         D=D,
+        SLOTS=common.slot_bits(K),
+        AHEAD=common.SLOTS_AHEAD,
         **tile.options,
     )

@@ -161,7 +161,8 @@ def backward_pass(
             continue
         lists = saved[number] if saved else _lists(block_ids, table, H // Hkv, heads)
         list_lse = torch.empty((lists.row.numel(),), dtype=torch.float32, device=q_THD.device)
-        list_delta = torch.zeros_like(list_lse)  # gaps between lists are read, and must be finite
+        # gaps between lists are read, and must be finite; `fill_list_sums` leaves none
+        list_delta = torch.zeros_like(list_lse) if fused is None else torch.empty_like(list_lse)
         part, _ = _partials(q_THD, plan, heads, H // Hkv * K)
         if fused is not None:
             fill_list_sums(lists, sums, list_lse, list_delta)

@@ -57,6 +57,7 @@ def block_means(k_THD: Tensor, table: BlockTable) -> tuple[Tensor, Tensor | None
         With bf16 the two carry 16 bits of the mean, while q is exact: scores come close to fp32 ones.
     """
     Hkv, D = k_THD.shape[1:]
+    rows = min(256, common.next_power_of_two(table.block_size))  # few programs: many bytes in flight in each
     NB = table.block_start.numel()
     high = torch.empty((Hkv, NB, D), dtype=k_THD.dtype, device=k_THD.device)
     low = None if k_THD.dtype == torch.float32 else torch.empty_like(high)
@@ -69,9 +70,9 @@ def block_means(k_THD: Tensor, table: BlockTable) -> tuple[Tensor, Tensor | None
         table.block_size,
         NB,
         Hkv,
-        ROWS=min(64, common.next_power_of_two(table.block_size)),
+        ROWS=rows,
         D=D,
         LOW=low is not None,
-        num_warps=4,
+        num_warps=8 if rows >= 128 else 4,
     )
     return high, low

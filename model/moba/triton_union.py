@@ -22,9 +22,9 @@ import triton.language as tl
 from torch import Tensor
 
 from model.moba import triton_common as common
+from model.moba import triton_steps as steps
 from model.moba.blocks import BlockTable
 from model.moba.triton_common import Tile
-from model.moba.triton_forward import _LOW, _attend
 from model.moba.triton_membership import Membership, build_membership
 
 
@@ -138,29 +138,21 @@ def _union_kernel(
     n = tl.arange(0, KEYS)
     row = token.to(tl.int64) * H + head
     q = tl.load(q_ptr + row[:, None] * D + d[None, :], mask=live[:, None], other=0.0)
-    top = tl.full([ROWS], _LOW, tl.float32)
+    top = tl.full([ROWS], steps.LOW, tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     out = tl.zeros([ROWS, D], tl.float32)
 
-    # rows of one tile may lie in several blocks; keys that all of them see need no mask
+    # Rows of one tile may lie in several blocks. One loop and no pipelining: accumulators that two pipelined loops
+    # hand over make ptxas wait for every single matrix instruction of the whole kernel.
     last = tl.minimum(first + ROWS, num_tokens) - 1
-    begin = tl.load(own_start_ptr + first)
-    plain_end = begin
-    if tl.load(own_start_ptr + last) == begin:
-        plain_end = begin + ((first - begin) // KEYS) * KEYS
     depth = token - tl.load(own_start_ptr + token, mask=live, other=0)
-    for j in tl.range(plain_end, last + 1, KEYS, num_stages=1):
-        # own_start <= key <= token in one unsigned comparison
-        visible = (token[:, None] - (j + n)[None, :]).to(tl.uint32) <= depth.to(tl.uint32)[:, None]
+    for j in tl.range(tl.load(own_start_ptr + first), last + 1, KEYS, num_stages=1):
+        visible = steps.inside_own(token, depth, j + n)
         k = k_desc.load([j, column])
         v = v_desc.load([j, column])
-        top, total, out = _attend(q, k, v, visible, scale_log2, top, total, out, True)
-    for j in tl.range(begin, plain_end, KEYS):
-        k = k_desc.load([j, column])
-        v = v_desc.load([j, column])
-        top, total, out = _attend(q, k, v, True, scale_log2, top, total, out, False)
+        top, total, out = steps.attend(q, k, v, visible, scale_log2, top, total, out, True)
 
-    steps = (block_size + KEYS - 1) // KEYS
+    per_block = (block_size + KEYS - 1) // KEYS
     for group in tl.range(tl.load(first_block_ptr + first) >> 5, ((tl.load(own_block_ptr + last) - 1) >> 5) + 1):
         at = (head * planes + group % planes).to(tl.int64) * padded_tokens
         word = tl.load(word_ptr + at + token, mask=live, other=0)
@@ -172,7 +164,7 @@ def _union_kernel(
         next_bit = _lowest_bit(rest)
         next_start = _start_of(block_start_ptr, group * 32, next_bit)
         rest = rest & (rest - 1)
-        for _ in tl.range(0, blocks * steps):
+        for _ in tl.range(0, blocks * per_block):
             k = k_desc.load([key, column])
             v = v_desc.load([key, column])
             hit = ((word >> bit) & 1) != 0

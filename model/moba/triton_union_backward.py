@@ -16,21 +16,12 @@ import triton.language as tl
 from torch import Tensor
 
 from model.moba import triton_common as common
+from model.moba import triton_steps as steps
 from model.moba.blocks import BlockTable
 from model.moba.triton_backward import RowSums
-from model.moba.triton_backward_kv import _gradient_step
 from model.moba.triton_common import Tile
 from model.moba.triton_membership import Membership, UnitLists, build_unit_lists
 from model.moba.triton_union import _advance, _blocks_of, _lowest_bit, _start_of, tiles_for
-
-
-@triton.jit
-def _dq_step(q, dout, k, v, lse, delta, visible, scale_log2, dq, MASK: tl.constexpr):
-    p = tl.exp2(tl.dot(q, k.T, input_precision="ieee") * scale_log2 - lse[:, None])
-    if MASK:
-        p = tl.where(visible, p, 0.0)
-    ds = p * (tl.dot(dout, v.T, input_precision="ieee") - delta[:, None])
-    return tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
 
 
 @triton.jit(do_not_specialize=["num_tokens", "padded_tokens", "H", "planes", "num_tiles"])
@@ -78,23 +69,17 @@ def _union_dq_kernel(
     delta = tl.load(delta_ptr + row, mask=live, other=0.0)
     dq = tl.zeros([ROWS, D], tl.float32)
 
+    # one loop, not pipelined: as in the forward kernel
     last = tl.minimum(first + ROWS, num_tokens) - 1
-    begin = tl.load(own_start_ptr + first)
-    plain_end = begin
-    if tl.load(own_start_ptr + last) == begin:
-        plain_end = begin + ((first - begin) // KEYS) * KEYS
     depth = token - tl.load(own_start_ptr + token, mask=live, other=0)
-    for j in tl.range(plain_end, last + 1, KEYS, num_stages=1):
-        visible = (token[:, None] - (j + n)[None, :]).to(tl.uint32) <= depth.to(tl.uint32)[:, None]
+    for j in tl.range(tl.load(own_start_ptr + first), last + 1, KEYS, num_stages=1):
+        visible = steps.inside_own(token, depth, j + n)
         k = k_desc.load([j, column])
         v = v_desc.load([j, column])
-        dq = _dq_step(q, dout, k, v, lse, delta, visible, scale_log2, dq, True)
-    for j in tl.range(begin, plain_end, KEYS):
-        k = k_desc.load([j, column])
-        v = v_desc.load([j, column])
-        dq = _dq_step(q, dout, k, v, lse, delta, True, scale_log2, dq, False)
+        ds = steps.query_gradient(q, dout, k, v, lse, delta, visible, scale_log2, True)
+        dq = tl.dot(ds, k, dq, input_precision="ieee")
 
-    steps = (block_size + KEYS - 1) // KEYS
+    per_block = (block_size + KEYS - 1) // KEYS
     for group in tl.range(tl.load(first_block_ptr + first) >> 5, ((tl.load(own_block_ptr + last) - 1) >> 5) + 1):
         place = (head * planes + group % planes).to(tl.int64) * padded_tokens
         word = tl.load(word_ptr + place + token, mask=live, other=0)
@@ -106,11 +91,13 @@ def _union_dq_kernel(
         next_bit = _lowest_bit(rest)
         next_start = _start_of(block_start_ptr, group * 32, next_bit)
         rest = rest & (rest - 1)
-        for _ in tl.range(0, blocks * steps):
+        for _ in tl.range(0, blocks * per_block):
             k = k_desc.load([key, column])
             v = v_desc.load([key, column])
             shift = tl.where(((word >> bit) & 1) != 0, lse, float("inf"))
-            dq = _dq_step(q, dout, k, v, shift, delta, (key + n < end)[None, :], scale_log2, dq, not EVEN)
+            inside = (key + n < end)[None, :]
+            ds = steps.query_gradient(q, dout, k, v, shift, delta, inside, scale_log2, not EVEN)
+            dq = tl.dot(ds, k, dq, input_precision="ieee")
             key, end, bit, next_bit, next_start, rest = _advance(
                 key, end, bit, next_bit, next_start, rest, block_start_ptr, group * 32, block_size, KEYS
             )
@@ -180,7 +167,7 @@ def _union_dkv_kernel(
             lse = lse_desc.load([head * padded_sums + first])
             delta = delta_desc.load([head * padded_sums + first])
             lse = tl.where(((word >> (block & 31)) & 1) != 0, lse, float("inf"))
-            dk, dv, _ = _gradient_step(q, dout, lse, delta, k, v, True, scale_log2, dk, dv, False)
+            dk, dv, _ = steps.key_gradients(q, dout, lse, delta, k, v, True, scale_log2, dk, dv, False)
         # Own block: tiles of tokens from first_key on, start rounded down for aligned 1-D loads of lse, delta;
         # tokens before first_key see none of these keys.
         own = first_key // 4 * 4
@@ -194,7 +181,7 @@ def _union_dkv_kernel(
             lse = lse_desc.load([head * padded_sums + first])
             delta = delta_desc.load([head * padded_sums + first])
             visible = key[:, None] <= tl.where(token < end, token, -1)[None, :]
-            dk, dv, _ = _gradient_step(q, dout, lse, delta, k, v, visible, scale_log2, dk, dv, True)
+            dk, dv, _ = steps.key_gradients(q, dout, lse, delta, k, v, visible, scale_log2, dk, dv, True)
         at = (key.to(tl.int64) * (H // G) + kv)[:, None] * D + d[None, :]
         inside = (key < end)[:, None]
         tl.store(dk_ptr + at, (dk * softmax_scale).to(dk_ptr.dtype.element_ty), mask=inside)

@@ -72,6 +72,7 @@ def examine(label: str, kernel: Any, constants: dict[str, Any], tile: common.Til
         "hopper_mma": code.count("HGMMA"),
         "old_mma": len(re.findall(r"[^G]HMMA", code)),
         "loop_spills": _loop_spills(code),
+        "serial": code.count("WARPGROUP.DEPBAR") >= code.count("HGMMA"),
         "float_atomics": len(re.findall(r"\b(?:RED|ATOM|ATOMG)\.\S*(?:F32|F16|BF16)", code)),
     }
 
@@ -93,7 +94,7 @@ def _loop_spills(code: str) -> int:
 
 def _dkv(tile: common.Tile, dim: int, fused: bool) -> dict[str, Any]:
     return {"G": 4, "ROWS": tile.rows, "KEYS": tile.keys, "D": dim, "ROUTED": True, "FUSED": fused, "SPLIT": True,
-            "STAGES": tile.stages}  # fmt: skip
+            "EVEN": True, "STAGES": tile.stages}  # fmt: skip
 
 
 def jobs(dim: int, block_size: int) -> list[tuple[str, Any, dict[str, Any], common.Tile]]:
@@ -106,13 +107,15 @@ def jobs(dim: int, block_size: int) -> list[tuple[str, Any, dict[str, Any], comm
     def tokens(tile: common.Tile) -> dict[str, Any]:
         return {"G": 4, "ROWS": tile.rows, "KEYS": tile.keys, **shape}
 
+    slots = {"SLOTS": 8, "AHEAD": common.SLOTS_AHEAD}
+
     routed = forward._stationary_kernel if tiles.stationary else forward._routed_kernel
     dq = backward._stationary_dq_kernel if tiles.stationary_dq else backward._dq_kernel
     found = [
         ("routed", routed, pairs(tiles.routed), tiles.routed),
-        ("combine", forward._combine_kernel, tokens(tiles.combine), tiles.combine),
+        ("combine", forward._combine_kernel, {**tokens(tiles.combine), **slots}, tiles.combine),
         ("dq", dq, pairs(tiles.dq), tiles.dq),
-        ("merge", backward._merge_kernel, tokens(tiles.merge), tiles.merge),
+        ("merge", backward._merge_kernel, {**tokens(tiles.merge), **slots}, tiles.merge),
         ("dkv", backward_kv._dkv_kernel, _dkv(tiles.dkv, dim, False), tiles.dkv),
     ]
     if tiles.fused is not None:

@@ -39,6 +39,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "borders that end early": ({"cu_seqlens": borders([32, 16])}, "number of tokens, 64"),
     "borders that fall": ({"cu_seqlens": torch.tensor([0, 40, 20, 64]).int()}, "must rise"),
     "borders from 1": ({"cu_seqlens": torch.tensor([1, 64]).int()}, "must rise from 0"),
+    "max_seqlen below a document": ({"cu_seqlens": borders([40, 24]), "max_seqlen": 39}, "max_seqlen=39"),
     "unknown backend": ({"backend": "fast"}, "backend=fast"),
 }
 
@@ -99,6 +100,58 @@ def test_the_short_cut_is_taken_from_the_number_of_blocks_on(monkeypatch: pytest
     for topk, backend, times in ((3, "auto", 0), (4, "auto", 1), (4, "reference", 1), (99, "varlen", 2)):
         call(topk=topk, backend=backend)  # 64 tokens in blocks of 16
         assert len(taken) == times, (topk, backend)
+
+
+@pytest.mark.parametrize(
+    "lengths, topk, longest, full",
+    [
+        ([64], 3, None, False),
+        ([32, 32], 2, None, False),  # 64 tokens could be one document
+        ([32, 32], 2, 32, True),
+        ([32, 32], 1, 32, False),
+        ([33, 31], 2, 33, False),
+        ([33, 31], 3, 33, True),
+        ([20, 44], 3, 60, False),
+    ],
+    ids=str,
+)
+def test_the_longest_document_decides(
+    lengths: list[int], topk: int, longest: int | None, full: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Where it is covered, full attention runs and says so once; else no slot is left that nobody can fill."""
+    options = {"topk": topk, "block_size": 16, "cu_seqlens": borders(lengths)}
+    api._say_full.cache_clear()
+    widths: list[int] = []
+    with caplog.at_level("INFO", "model.moba.api"):
+        for _ in range(2):
+            actual = run(
+                lambda *x: moba_attention(
+                    *x, max_seqlen=longest, remember=lambda c, _: widths.append(c().shape[-1]) or c(), **options
+                ),
+                (Q, K, V),
+            )
+    assert len([r for r in caplog.records if "full attention runs" in r.message]) == int(full)
+    most = (min(longest or 64, 64) - 1) // 16
+    assert widths == ([] if full else [min(topk - 1, most)] * 2)
+    exact = run(lambda *x: reference_attention(*x, **options), [x.double() for x in (Q, K, V)])
+    for name, x, y in zip(NAMES, actual, exact, strict=True):
+        assert_close(x, y, name)
+
+
+def test_backends_may_keep_documents_of_unequal_length(monkeypatch: pytest.MonkeyPatch) -> None:
+    import dataclasses
+
+    from model.dispatch import resolve_backend
+
+    usual = resolve_backend("varlen", device="cpu", dtype=torch.float32, head_dim=16, block_size=16)
+    keeps = dataclasses.replace(usual, full_when_ragged=False)
+    monkeypatch.setattr(api, "resolve_backend", lambda *_, **__: keeps)
+    taken: list[int] = []
+    full = api.full_attention
+    monkeypatch.setattr(api, "full_attention", lambda *x, **y: taken.append(1) or full(*x, **y))
+    for lengths, longest, times in (([40, 24], 40, 0), ([32, 32], 32, 1), ([64], None, 2)):
+        call(topk=4, cu_seqlens=borders(lengths), max_seqlen=longest)
+        assert len(taken) == times, lengths
 
 
 def test_choosing_and_attending_is_moba() -> None:

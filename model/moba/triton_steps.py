@@ -1,0 +1,94 @@
+# mypy: disable-error-code="no-untyped-def"
+"""Steps that several kernels take: softmax and gradient steps, what a program reads first, own-block masks.
+
+Scores are in the base-2 domain; rows that must not take part get lse2 = infinity, hence p = 0.
+
+Shape legend: triton_common.py.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+# Maximum of a row that has seen nothing yet: finite, so that exp2(-inf - top) is 0 and never inf - inf.
+LOW = tl.constexpr(-1.0e30)
+
+
+@triton.jit
+def attend(q, k, v, visible, scale_log2, top, total, out, MASK: tl.constexpr):
+    """One online-softmax step: top (running maximum), total, out after the keys k, v."""
+    score = tl.dot(q, k.T, input_precision="ieee")
+    if MASK:
+        score = tl.where(visible, score, float("-inf"))
+    new_top = tl.maximum(top, tl.max(score, 1) * scale_log2)
+    p = tl.exp2(score * scale_log2 - new_top[:, None])
+    decay = tl.exp2(top - new_top)
+    total = total * decay + tl.sum(p, 1)
+    out = tl.dot(p.to(v.dtype), v, out * decay[:, None], input_precision="ieee")
+    return new_top, total, out
+
+
+@triton.jit
+def query_gradient(q, dout, k, v, lse, delta, visible, scale_log2, MASK: tl.constexpr):
+    """ds [ROWS, KEYS] in k's dtype: what times k adds to dq (without the softmax scale)."""
+    p = tl.exp2(tl.dot(q, k.T, input_precision="ieee") * scale_log2 - lse[:, None])
+    if MASK:
+        p = tl.where(visible, p, 0.0)
+    ds = p * (tl.dot(dout, v.T, input_precision="ieee") - delta[:, None])
+    return ds.to(k.dtype)
+
+
+@triton.jit
+def key_gradients(q, dout, lse, delta, k, v, visible, scale_log2, dk, dv, MASK: tl.constexpr):
+    """Adds the rows q, dout [ROWS, D] to dk, dv [KEYS, D]; returns ds^T too."""
+    pt = tl.exp2(tl.dot(k, q.T, input_precision="ieee") * scale_log2 - lse[None, :])
+    if MASK:
+        pt = tl.where(visible, pt, 0.0)
+    dv = tl.dot(pt.to(dout.dtype), dout, dv, input_precision="ieee")
+    dst = (pt * (tl.dot(v, dout.T, input_precision="ieee") - delta[None, :])).to(q.dtype)
+    dk = tl.dot(dst, q, dk, input_precision="ieee")
+    return dk, dv, dst
+
+
+@triton.jit
+def list_tile(tile_ptr, num_tiles_ptr):
+    """This program's tile (see TileTable): list, first entry, number of entries, and whether there is one.
+
+    Read before the test: one latency less for the tiles in use; the others get arbitrary numbers.
+    """
+    tile = tl.program_id(0)
+    lists = tl.load(tile_ptr + tile * 4)
+    offset = tl.load(tile_ptr + tile * 4 + 1)
+    count = tl.load(tile_ptr + tile * 4 + 2)
+    return lists, offset, count, tile < tl.load(num_tiles_ptr)
+
+
+@triton.jit
+def list_block(block_start_ptr, lists, num_lists):
+    """Key head (from the first of this pass) and first key of a list's block."""
+    head = lists // num_lists
+    return head, tl.load(block_start_ptr + lists - head * num_lists)
+
+
+@triton.jit
+def inside_own(token, depth, key):
+    """own_start <= key <= token in one unsigned comparison; depth = token - own_start."""
+    return (token[:, None] - key[None, :]).to(tl.uint32) <= depth.to(tl.uint32)[:, None]
+
+
+@triton.jit
+def used_slots(ids_ptr, row, live, K, SLOTS: tl.constexpr):
+    """Bit s of a row: slot s holds a block. Read at once: the loop over partials then loads nothing else."""
+    s = tl.arange(0, SLOTS)[None, :]
+    ids = tl.load(ids_ptr + row[:, None] * K + s, mask=live[:, None] & (s < K), other=-1)
+    return tl.sum(tl.where(ids >= 0, 1 << s, 0), 1)
+
+
+@triton.jit
+def is_used(bits, ids_ptr, row, live, K, s, SLOTS: tl.constexpr):
+    """Whether slot s of the rows holds a block; SLOTS == 0: more slots than bits, asked one by one."""
+    if SLOTS > 0:
+        return ((bits >> s) & 1) != 0
+    else:
+        return tl.load(ids_ptr + row * K + s, mask=live, other=-1) >= 0
