@@ -125,7 +125,7 @@ RANGES: dict[type, dict[str, Range]] = {
         **dict.fromkeys(("window", "leave_out"), _COUNT),
     },
     s.CheckpointConfig: {"every": _ZERO_OR_MORE, "keep": _COUNT},
-    s.TrainEvalConfig: dict.fromkeys(("every", "tokens"), _ZERO_OR_MORE),
+    s.TrainEvalConfig: dict.fromkeys(("every", "tokens", "buckets"), _ZERO_OR_MORE),
     s.TrainConfig: {"seed": Range(0, 2**63 - 1), "max_steps": _COUNT},
     s.PrepareConfig: {"heldout": _BELOW_ONE, "workers": _ZERO_OR_MORE},
     s.LossSuiteConfig: {**dict.fromkeys(("seq_len", "bucket", "trailing"), _ZERO_OR_MORE), "tokens": _COUNT},

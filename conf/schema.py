@@ -298,6 +298,8 @@ class TrainEvalConfig:
 
     every: int = 0  # steps; 0: only at the start of a run and the end of each stage
     tokens: int = 65_536  # held-out tokens read each time; 0: no held-out loss
+    buckets: int = 0  # equal parts of the length whose losses are logged too, of full-length documents; 0: none
+    gate: bool = False  # log by layer how the gate chose on the first held-out batch
 
 
 @dataclass

@@ -154,6 +154,7 @@ class CausalLM(nn.Module):
         trailing: int = 0,
         per_token: bool = False,
         weights: Tensor | None = None,
+        probe: Probe | None = None,
     ) -> LossSums | Tensor:
         """Loss of packed rows (fields as in `data.batch.Batch`).
 
@@ -164,10 +165,9 @@ class CausalLM(nn.Module):
             trailing: tokens at the end of full-length rows to sum separately; 0: none.
             per_token: return losses fp32 [R, S], 0 where ignored, in place of sums; weights have no part in them.
             weights: fp32 [R, S], of each label's loss in the sum; None: all 1.
+            probe: sees each MoBA layer's q, k and chosen blocks.
         """
-        hidden = self.model(
-            input_ids, positions=positions, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen, plans=plans
-        )
+        hidden = self.hidden(input_ids, positions, cu_seqlens, max_seqlen, plans, probe)
         if per_token:
             return cast(Tensor, self.lm_head(hidden, labels))
         loss_sum, losses = self.lm_head(hidden, labels, weights=weights, summed=True)
@@ -182,9 +182,11 @@ class CausalLM(nn.Module):
         cu_seqlens: Tensor,
         max_seqlen: int,
         plans: Plans,
+        probe: Probe | None = None,
     ) -> Tensor:
         """fp32 [R, S], 0 where ignored. Goes through `forward`, so that ZeRO-3's hooks run."""
-        losses: Tensor = self(input_ids, labels, positions, cu_seqlens, max_seqlen, plans, per_token=True)
+        rows = (input_ids, labels, positions, cu_seqlens, max_seqlen, plans)
+        losses: Tensor = self(*rows, per_token=True, probe=probe)
         return losses
 
     def hidden(

@@ -87,7 +87,7 @@ def _attempt(config: TrainConfig, name: str, mesh: Mesh, stop: StopSignal, watch
     keep_optimizer = state.stage_step > 0 or stage.carry_optimizer
     engine = build(config, name, checkpoint, keep_optimizer, mesh)
     held = open_stores(config, name, "heldout") if config.eval.tokens else {}
-    heldout = Heldout(list(held.values()), stage, config.eval.tokens, mesh)
+    heldout = Heldout(list(held.values()), stage, config.eval, mesh)
     metrics = open_log(config, state, resumed=checkpoint is not None, mesh=mesh)
     if mesh.sp_world > 1:
         metrics.say(f"[{name}] {exchange_text(config, name)}")
