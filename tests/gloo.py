@@ -34,6 +34,13 @@ def _serve(rank: int, world: int, store: str, pipe: Connection) -> None:
     warnings.filterwarnings("ignore", category=FutureWarning)
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
+    answer(pipe)
+
+
+def answer(pipe: Connection) -> None:
+    """Do what comes through the pipe, until the end."""
+    import torch
+
     while True:
         try:
             job = pipe.recv()
@@ -52,6 +59,8 @@ def _serve(rank: int, world: int, store: str, pipe: Connection) -> None:
 class GlooPool:
     """`world` processes in one gloo group; the function's results come back in rank order."""
 
+    serve: Callable[..., None] = staticmethod(_serve)
+
     def __init__(self, world: int) -> None:
         self.world = world
         self._processes: list[Any] = []
@@ -62,7 +71,7 @@ class GlooPool:
         store = Path(tempfile.mkdtemp(prefix="gloo-")) / "store"
         for rank in range(self.world):
             here, there = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, self.world, str(store), there), daemon=True)
+            process = context.Process(target=self.serve, args=(rank, self.world, str(store), there), daemon=True)
             process.start()
             there.close()
             self._processes.append(process)
