@@ -28,8 +28,8 @@ FP32: list[tuple[int, int, dict[str, Any]]] = [
     (3, 1, {"loss": "tiled"}),
 ]
 BF16 = [(stage, parallel) for stage in (1, 2, 3) for parallel in (1, 2)]
-# Of losses, gradient norms and weights. AdamW turns rounding into sign where a gradient is all rounding: the norm of
-# the difference of weights is compared, not its elements.
+# Of losses, gradient norms and weights. AdamW turns rounding into sign where a gradient is all rounding: the norm
+# of the difference of weights is compared, not its elements.
 TOLERANCE = {"fp32": (1e-5, 1e-4, 1e-4), "bf16": (5e-3, 5e-2, 1e-1)}
 
 
