@@ -44,8 +44,10 @@ class Places:
         return {name: self.data / name for name in SETS}
 
     def set_overrides(self, group: Group) -> list[str]:
-        """Where a group's recipe finds its sets."""
-        return [f"data.sets.{name}.path={self.data / name}" for name in used_sets(group)]
+        """Where a group's recipe finds its sets, which are there: nothing is to be made of a source again."""
+        names = used_sets(group)
+        made = ["data.sets.synthetic.source=''"] if "synthetic" in names else []
+        return [*(f"data.sets.{name}.path={self.data / name}" for name in names), *made]
 
 
 def used_sets(group: Group) -> list[str]:

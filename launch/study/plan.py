@@ -1,8 +1,9 @@
 """A study's plan: conf/study/NAME.yaml read into arms, each the overrides of one `moba train`.
 
 A plan has groups of arms, run in order. A group's arms are the product of its axes and of the scale's seeds; `starts`
-names a group whose arm of the same seed (or of its only seed) an arm starts from. `{name}` in an override is a value
-of the scale, and an override that is `@name` alone stands for a list of the scale.
+names the arm, without its seed, that an arm starts from, with `{axis}` for its own choice on that axis. `{name}` in an override is a value
+of the scale, and an override that is `@name` alone stands for a list of the scale. A plan with `base: true` has the
+groups and values of conf/study/_base.yaml too; its own come first where both have one.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from conf.load import to_typed
 from conf.schema import StudyConfig
 
 PLANS = CONF / "study"
+BASE = PLANS / "_base.yaml"
 START = "START"  # in overrides: the run folder that the arm starts from
 
 
@@ -49,15 +51,21 @@ class Group:
 
 @dataclass
 class Plan:
-    """`expected` was written before any run; `differs` says where the paper did something else."""
+    """`expected` was written before any run; `differs` says where the paper did something else.
+
+    `expected_later`: of groups that were added when results of others were known.
+    """
 
     title: str = ""
     paper: str = ""
     question: str = ""
     expected: str = ""
+    expected_later: str = ""
+    found: str = ""  # by scale h200: what the numbers mean, written after the run
     differs: str = ""
+    base: bool = False
     groups: dict[str, Group] = field(default_factory=dict)
-    rows: list[str] = field(default_factory=list)  # of the attention benchmark: only the study of speed
+    timed: bool = False  # no arms: attention is timed at the rows of the scale
     scales: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
@@ -74,7 +82,7 @@ class Arm:
 
 
 def plan_names() -> list[str]:
-    return sorted(path.stem for path in PLANS.glob("*.yaml"))
+    return sorted(path.stem for path in PLANS.glob("*.yaml") if not path.name.startswith("_"))
 
 
 def load_plan(name: str) -> Plan:
@@ -82,6 +90,15 @@ def load_plan(name: str) -> Plan:
     path = PLANS / f"{name}.yaml"
     if not path.is_file():
         raise UserError(f"study {name}: there is none; choose from {', '.join(plan_names())} (moba study list)")
+    plan = _read(path)
+    if plan.base:
+        base = _read(BASE)
+        plan.groups = {**base.groups, **plan.groups}
+        plan.scales = {name: {**base.scales.get(name, {}), **values} for name, values in plan.scales.items()}
+    return plan
+
+
+def _read(path: Path) -> Plan:
     try:
         raw = OmegaConf.create(yaml.safe_load(path.read_text(encoding="utf-8")))
     except yaml.YAMLError as error:
@@ -99,16 +116,24 @@ def scale_of(plan: Plan, config: StudyConfig) -> dict[str, Any]:
 def arms_of(plan: Plan, config: StudyConfig) -> list[Arm]:
     """All arms asked for in the order of running: seed by seed, so that a run cut short has whole comparisons."""
     values = scale_of(plan, config)
-    seeds = list(config.seeds or values["seeds"])
+    seeds = list(config.seeds or values.get("seeds", [0]))
     found: list[Arm] = []
     for seed in seeds:
         for name, group in plan.groups.items():
             if seed == seeds[0] or not group.first_seed_only:
                 found += _group_arms(plan, name, group, seed, seeds[0], values)
-    wanted = {arm.name for arm in found if any(arm.name.startswith(prefix) for prefix in config.arms or [""])}
+    started = {arm.starts for arm in found}
+    prefixes = tuple(config.arms or [""])
+    # A base is trained for those that start from it; by itself only when it is asked for by name.
+    wanted = {a.name for a in found if a.name.startswith(prefixes) and (a.group != "base" or config.arms)}
     if not wanted:
         raise UserError(f"arms={config.arms}: none begins so; there are {', '.join(arm.name for arm in found)}")
-    wanted |= {arm.starts for arm in found if arm.name in wanted}  # what others start from is run too
+    for arm in reversed(found):  # what others start from is run too, and stands before them
+        if arm.name in wanted and arm.starts:
+            wanted.add(arm.starts)
+    unknown = started - {arm.name for arm in found} - {""}
+    if unknown:
+        raise UserError(f"study {config.name}: an arm starts from {unknown.pop()}, which is no arm")
     return [arm for arm in found if arm.name in wanted]
 
 
@@ -116,17 +141,23 @@ def _group_arms(
     plan: Plan, name: str, group: Group, seed: int, first_seed: int, values: Mapping[str, Any]
 ) -> list[Arm]:
     arms = []
-    for picked in itertools.product(*(options.items() for options in group.axes.values())):
+    only = set(values.get("choices", ()))  # of the axes that have any of them
+    axes = [[item for item in own.items() if item[0] in only or not only & set(own)] for own in group.axes.values()]
+    for picked in itertools.product(*axes):
         choices = dict(zip(group.axes, (choice for choice, _ in picked), strict=True))
-        if not set(choices.values()) <= set(values.get("choices", choices.values())):
-            continue
-        lines = [*group.overrides, *(line for _, lines in picked for line in lines), f"seed={seed}"]
-        start = ""
-        if group.starts:
-            start = f"{group.starts}-s{first_seed if plan.groups[group.starts].first_seed_only else seed}"
+        lines = [*group.overrides, *(line for _, own in picked for line in own), f"seed={seed}"]
+        start = _start_name(plan, group, choices, seed, first_seed)
         label = "-".join([name, *choices.values(), f"s{seed}"])
         arms.append(Arm(label, name, seed, choices, tuple(filled(lines, values)), start))
     return arms
+
+
+def _start_name(plan: Plan, group: Group, choices: Mapping[str, str], seed: int, first_seed: int) -> str:
+    if not group.starts:
+        return ""
+    arm = group.starts.format(**choices)
+    owner = plan.groups[arm.partition("-")[0]]
+    return f"{arm}-s{first_seed if owner.first_seed_only else seed}"
 
 
 def filled(lines: Sequence[str], values: Mapping[str, Any]) -> list[str]:

@@ -25,7 +25,7 @@ def run(config: StudyConfig) -> int:
     places, values = Places.of(config), scale_of(plan, config)
     code = 0
     if not config.report:
-        code = _speed(plan, config, places) if plan.rows else _train_arms(plan, config, places, values)
+        code = _speed(plan, config, places) if plan.timed else _train_arms(plan, config, places, values)
     from launch.study.page import write_page
 
     print(f"page: {write_page(plan, config, places)}", flush=True)

@@ -34,7 +34,7 @@ def ensure_sets(plan: Plan, config: StudyConfig, places: Places, values: dict[st
         from launch.study.chats import write_chats
 
         chats = places.data / "chats.jsonl"
-        write_chats(text, chats, int(values["chat_chars"]), HELDOUT)
+        write_chats(text, chats, int(values["chat_chars"]), HELDOUT, int(values["chat_documents"]))
         prepare(places.data / "chat", str(chats), HELDOUT, own, read=ReadConfig(kind="chat"))
     if "synthetic" in missing:
         made = SyntheticConfig(lengths=[int(n) for n in values["synthetic_lengths"]],
