@@ -6,6 +6,7 @@ A file that cannot be read to its end (a damaged archive) is a UserError: how mu
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ import numpy as np
 from conf.errors import UserError
 from conf.schema import ReadConfig
 from data.cutting import parquet_file
+from data.folder import Unfinished
 from data.lines import read_lines
 from data.sources import SourceFile, Unit, repository_files
 from data.weights import message_weights, token_ids, token_weights
@@ -201,8 +203,19 @@ def _rows(unit: Unit, batches: Iterable[Any]) -> Iterator[tuple[str, Any]]:
 def _hub(unit: Unit, read: ReadConfig, on_bad: OnBad) -> Iterator[tuple[str, Any]]:
     """Shard `start` of a streamed data set."""
     stream = _load_hub(unit.file, read)
-    for number, row in enumerate(stream.shard(num_shards=stream.num_shards, index=unit.start), 1):
-        yield f"{unit.file.name}:{unit.start}:{number}", row
+    rows = iter(stream.shard(num_shards=stream.num_shards, index=unit.start))
+    for number in itertools.count(1):
+        place = f"{unit.file.name}:{unit.start}:{number}"
+        try:
+            row = next(rows)
+        except StopIteration:
+            return
+        except Exception as error:  # of many types: a damaged file, a type that does not fit, no network
+            raise Unfinished(
+                f"source hub:{place}: cannot be read ({_first_line(error)}); the same command goes on with what is "
+                "finished"
+            ) from error
+        yield place, row
 
 
 def hub_shards(file: SourceFile, read: ReadConfig) -> int:
@@ -216,5 +229,8 @@ def _load_hub(file: SourceFile, read: ReadConfig) -> Any:
     try:
         return load_dataset(file.name, read.subset or None, split=read.split, streaming=True)
     except Exception as error:  # of many types: not found, no network, unknown subset or split
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"source hub:{file.name}: {reason}") from error
+        raise UserError(f"source hub:{file.name}: {_first_line(error)}") from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -137,6 +137,27 @@ def test_a_dead_worker_is_told_and_what_is_done_stays(
     assert (tmp_path / ".tmp-set" / "tokenizer").is_dir()
 
 
+def test_a_broken_stream_names_its_place_and_goes_on(
+    words: TokenizerConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    folder = tmp_path / "streamed"
+    folder.mkdir()
+    (folder / "train-a.jsonl").write_text("".join(f'{{"text": "a{i}"}}\n' for i in range(3)))
+    (folder / "train-b.jsonl").write_text('{"text": "b0"}\n{broken\n')
+    arguments = (tmp_path / "set", f"hub:{folder}", 0.0, words, False)
+    with pytest.raises(Unfinished, match="hub:.*cannot be read.*goes on with what is finished"):
+        prepare(*arguments, workers=1)
+    (part,) = (tmp_path / ".tmp-set").glob("part-*.json")
+    made = part.stat().st_mtime_ns
+    (folder / "train-b.jsonl").write_text('{"text": "b0"}\n')
+    manifest = prepare(*arguments, workers=1)
+    assert manifest.splits["train"].documents == 4
+    first = tmp_path / "set" / "train-00000.bin"
+    assert first.stat().st_mtime_ns <= made  # not written again
+
+
 def test_fatal_names_the_place(source: Path, words: TokenizerConfig, tmp_path: Path) -> None:
     strict = ReadConfig(on_error="fatal")
     with pytest.raises(UserError, match=r"records\.jsonl:8: not valid JSON"):
