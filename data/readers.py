@@ -212,8 +212,8 @@ def _hub(unit: Unit, read: ReadConfig, on_bad: OnBad) -> Iterator[tuple[str, Any
             return
         except Exception as error:  # of many types: a damaged file, a type that does not fit, no network
             raise Unfinished(
-                f"source hub:{place}: cannot be read ({_first_line(error)}); the same command goes on with what is "
-                "finished"
+                f"source hub:{place}: cannot be read ({_first_line(error)}); "
+                "the same command goes on with what is finished"
             ) from error
         yield place, row
 

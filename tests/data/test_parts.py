@@ -147,7 +147,7 @@ def test_a_broken_stream_names_its_place_and_goes_on(
     (folder / "train-a.jsonl").write_text("".join(f'{{"text": "a{i}"}}\n' for i in range(3)))
     (folder / "train-b.jsonl").write_text('{"text": "b0"}\n{broken\n')
     arguments = (tmp_path / "set", f"hub:{folder}", 0.0, words, False)
-    with pytest.raises(Unfinished, match="hub:.*cannot be read.*goes on with what is finished"):
+    with pytest.raises(Unfinished, match=r"hub:.*cannot be read.*goes on with what is finished"):
         prepare(*arguments, workers=1)
     (part,) = (tmp_path / ".tmp-set").glob("part-*.json")
     made = part.stat().st_mtime_ns
