@@ -67,8 +67,8 @@ class GateLoad:
         """By layer, None where there is no MoBA or no choice to make. Waits for the device.
 
         `blocks_back`: mean distance of a chosen block. `nearest`: share of choices that fell on the block just
-        before the own one. `never`: share of blocks nobody chose although somebody could. `entropy`: of the choices
-        over the blocks, 1 is uniform. `load_max`: choices of the most chosen block over the mean.
+        before the own one. `never`: share of blocks nobody chose although somebody could. `entropy`: of the
+        choices over the blocks, 1 is uniform. `load_max`: choices of the most chosen block over the mean.
         """
         rows = [dict(zip(COLUMNS, row, strict=True)) for row in self.table.tolist()]
         return {
