@@ -6,9 +6,11 @@ import contextlib
 import io
 import json
 import os
+import signal
 import time
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from conf.paths import RunPaths, checkpoint_name
 from conf.schema import TrainConfig
@@ -71,7 +73,6 @@ def stage_on(config: TrainConfig, name: str) -> int:
 def stage_with_little_disk(config: TrainConfig, rank: int, limit: int) -> str:
     """`stage_on` for stage `short`, where `rank` can write no file above `limit` bytes; the SaveError's text."""
     import resource
-    import signal
 
     from train.checkpoint import SaveError
 
@@ -97,6 +98,96 @@ def stage_until_the_disk_is_full(config: TrainConfig) -> str:
         return str(error)
 
 
+def signalled(config: TrainConfig, where: str, number: int) -> int:
+    """Stage `short`, on whose last rank `number` arrives in the middle of `where`."""
+    from train import checkpoint, run, saver
+    from train.engine import init_distributed
+
+    mesh = init_distributed(1)
+    sent = [mesh.rank != mesh.world - 1]
+
+    def first_send(genuine: Any) -> Any:
+        def sending(*args: Any) -> Any:
+            if not sent[0]:
+                sent[0] = True
+                os.kill(os.getpid(), number)
+                time.sleep(0.2)
+            return genuine(*args)
+
+        return sending
+
+    with mock.patch.object(run, "Run", wraps=run.Run) as made, contextlib.ExitStack() as stack:
+        if where == "evaluate":  # not the one before the first step
+            genuine = run.Heldout.evaluate
+
+            def evaluate(self: Any, *args: Any) -> Any:
+                step = made.call_args.args[4].step
+                return (first_send(genuine) if step else genuine)(self, *args)
+
+            stack.enter_context(mock.patch.object(run.Heldout, "evaluate", evaluate))
+        elif where == "start":
+            stack.enter_context(mock.patch.object(run, "build", first_send(run.build)))
+        else:
+            module = saver if where == "save" else checkpoint
+            stack.enter_context(mock.patch.object(module, "write_shard", first_send(module.write_shard)))
+        return stage_on(config, "short")
+
+
+def stopped_while_compiling(config: TrainConfig, cache: str) -> tuple[int, bool, str]:
+    """Stage `short`; SIGTERM comes while its first step compiles: code, whether it did, newest checkpoint."""
+    import threading
+
+    from train import loop
+
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache
+    began, ended = threading.Event(), threading.Event()
+    compiling: list[bool] = []
+
+    def send() -> None:
+        began.wait()
+        time.sleep(0.5)
+        compiling.append(not ended.is_set())
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    genuine = loop.train_step
+
+    def step(*args: Any) -> Any:
+        began.set()
+        result = genuine(*args)
+        ended.set()
+        return result
+
+    threading.Thread(target=send, daemon=True).start()
+    with mock.patch.object(loop, "train_step", step):
+        code = stage_on(config, "short")
+    newest = sorted(path.name for path in RunPaths(Path(config.out)).checkpoints.glob("step-*"))[-1]
+    return code, compiling[0], newest
+
+
+def interrupted_twice(config: TrainConfig, where: str) -> None:
+    """Stage `short`; SIGINT twice in a part that would take ten minutes."""
+    from train import checkpoint, run
+
+    def endless(*args: Any) -> Any:
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(1.2)
+        time.sleep(600)
+
+    if where == "evaluate":
+        genuine, calls = run.Heldout.evaluate, [0]
+
+        def evaluate(*args: Any) -> Any:
+            calls[0] += 1
+            return genuine(*args) if calls[0] == 1 else endless()
+
+        run.Heldout.evaluate = evaluate  # type: ignore[method-assign]
+    else:
+        config.checkpoint.background = False
+        checkpoint.write_shard = endless
+    stage_on(config, "short")
+
+
 def state_of(config: TrainConfig, step: int) -> dict[str, Any]:
     path = RunPaths(Path(config.out)).checkpoints / checkpoint_name(step) / "state.json"
     state: dict[str, Any] = json.loads(path.read_text())
@@ -105,8 +196,6 @@ def state_of(config: TrainConfig, step: int) -> dict[str, Any]:
 
 def stalled(config: TrainConfig, how: str) -> None:
     """Rank 1 stops moving in step 2: `data` hangs in the loader, `frozen` as by SIGSTOP. Ends the process."""
-    import signal
-
     from train import run
     from train.engine import init_distributed
 
