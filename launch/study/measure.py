@@ -8,6 +8,7 @@ Shape legend: B position buckets.
 from __future__ import annotations
 
 import tempfile
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -45,9 +46,15 @@ def measure(run: Path, losses: Sequence[LossAt], tasks: Sequence[Sequence[str]],
         "parameters": num_parameters(source.config),
         "plans": {name: describe(plan) for name, plan in plans.items()},
         "losses": [_losses(loaded, plans, at, sets[at.set]) for at in losses],
-        "tasks": [_tasks(loaded, plans, list(overrides), run) for overrides in tasks],
+        "tasks": [_tasks(loaded, _own(plans), list(overrides), run) for overrides in tasks],
     }
     return found
+
+
+def _own(plans: dict[str, Any]) -> dict[str, Any]:
+    """The plan the arm ended its training with: MoBA where it had any."""
+    name = list(plans)[-1]
+    return {name: plans[name]}
 
 
 def _losses(loaded: Loaded, plans: dict[str, Any], at: LossAt, folder: Path) -> Json:
@@ -82,11 +89,14 @@ def _ratio(line: torch.Tensor) -> float | None:
 
 
 def _tasks(loaded: Loaded, plans: dict[str, Any], overrides: list[str], run: Path) -> Json:
-    """Scores of RULER tasks or of the needle grid, in percent."""
-    with tempfile.TemporaryDirectory() as folder:
-        config = compose("eval", [f"checkpoint={run}", f"out={folder}", *overrides])
-        evaluation = Evaluation(config, loaded, plans, None, loaded.source.seq_len)
-        suite = needle_suite if config.suite == "needle" else ruler_suite
-        found = suite(evaluation)
+    """Scores of RULER tasks or of the needle grid, in percent. A failure is kept in their place: the losses stand."""
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            config = compose("eval", [f"checkpoint={run}", f"out={folder}", *overrides])
+            evaluation = Evaluation(config, loaded, plans, None, loaded.source.seq_len)
+            found = (needle_suite if config.suite == "needle" else ruler_suite)(evaluation)
+    except Exception as error:  # whatever it is, it must not cost the arm
+        traceback.print_exc()
+        return {"suite": overrides[0], "error": f"{type(error).__name__}: {error}"}
     kept = ("depths", "lengths", "samples", "seed", "haystack", "grids", "benchmark", "plans", "decode")
     return {"suite": config.suite} | {key: found[key] for key in kept if key in found}
