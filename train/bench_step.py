@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import importlib
 import json
 import statistics
 import sys
@@ -60,6 +61,8 @@ class Bench:
         self.mesh = mesh
         self.engine: DeepSpeedEngine | None = None
         self.memory = LiveMemory() if mesh.device.type == "cpu" else None
+        if self.memory is not None:  # it makes torch import its compiler, which fails inside ZeRO-3's construction
+            importlib.import_module("torch._dynamo")
         self._key, self._stage = "", 0
 
     def measure(self, case: Case) -> dict[str, Any]:
