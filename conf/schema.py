@@ -417,6 +417,7 @@ class GenerateConfig:
 
     batch: int = 8  # prompts answered at a time
     chunk: int = 65_536  # prompt tokens of all rows run at a time: bounds memory, changes no token; 0: all
+    share: bool = True  # run what prompts share once, within a batch and with the last: a row more of cache
     decode: str = "full"  # full (as in the MoBA paper) | moba: attention of the MoBA plans after the prompt
 
 
