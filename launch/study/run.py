@@ -58,7 +58,7 @@ def _train_arms(plan: Plan, config: StudyConfig, places: Places, values: dict[st
 def start_workers(config: StudyConfig, places: Places) -> int:
     """Start `config.workers` processes, wait for all, and return the first code that is not 0."""
     places.runs.mkdir(parents=True, exist_ok=True)
-    request = places.runs / "request.json"
+    request = places.runs / f"request-{config.name}-{os.getpid()}.json"  # several studies may share the folder
     deadline = time.time() + 60 * config.minutes if config.minutes else 0
     request.write_text(json.dumps({"config": asdict(config), "deadline": deadline}), encoding="utf-8")
     children = []
