@@ -88,12 +88,13 @@ def test_dense() -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("mode", ["full", "selective"])
 def test_model_on_a_gpu(mode: str) -> None:
-    """bf16, kernels included: bit-equal gradients; less memory between forward and backward."""
+    """bf16, kernels included: gradients equal as far as two runs without offloading are (cuDNN's are not bit-equal);
+    less memory between forward and backward."""
     config = tiny_config(num_layers=6, hidden_size=512, num_heads=8, num_kv_heads=4, head_dim=64)
     batch = {k: v.cuda() if isinstance(v, Tensor) else v for k, v in packed([[8192]]).items()}
     plans = (LayerPlan("moba", 512, 3), FULL) * 3
     results = []
-    for moved in (False, True):
+    for moved in (False, False, True):
         model = CausalLM(config, RopeConfig(), "auto", Execution(checkpointing=mode, offload_checkpoints=moved))
         model.init_weights(torch.Generator().manual_seed(0))
         model.cuda().bfloat16()
@@ -106,8 +107,10 @@ def test_model_on_a_gpu(mode: str) -> None:
             kept = torch.cuda.memory_allocated() - before
             loss.backward()
         results.append((kept, {name: p.grad.clone() for name, p in model.named_parameters()}))
-    (plain_bytes, plain), (moved_bytes, moved_grads) = results
+    (plain_bytes, plain), (_, again), (moved_bytes, moved_grads) = results
     for name, grad in plain.items():
-        assert torch.equal(moved_grads[name], grad), name
+        noise, error = ((x[name].double() - grad.double()).norm() for x in (again, moved_grads))
+        assert noise < 0.1 * grad.double().norm(), name
+        assert error <= 2 * noise, name
     one_layer = 8192 * 512 * 2
     assert moved_bytes < plain_bytes - 4 * one_layer
