@@ -12,11 +12,9 @@ from conf.constants import IGNORE_INDEX
 from conf.domains import rule_of
 from conf.schema import StageConfig
 from data.balance import deal
-from data.packing import Documents
 from data.shuffle import key_of, permute
 from data.source import StageSource
 from data.store import TokenStore
-from data.view import View
 
 MAX_ROWS = 2048  # more rows than that are sampled
 MASKED_ROWS = 32  # rows of a masked domain whose tokens are read, to count targets
@@ -69,7 +67,7 @@ def inspect(
     domains = {
         domain: DomainReport(
             documents=documents.num_docs,
-            left_out=max(0, sets[domain].num_docs - _different(documents)),
+            left_out=source.left_out[domain],
             epochs=share[domain] * total / source.packed[domain].rows_of(0),
             targets=1.0,
             weight=rule_of(stage.data, domain).loss_weight,
@@ -91,11 +89,6 @@ def inspect(
         for power, size in zip(np.frexp(lengths - 0.5)[1].tolist(), pieces.size.tolist(), strict=True):
             report.by_length[1 << power] += size
     return StageReport(domains, rows, total, stage.seq_len, _imbalance(source, stage, dp_world))
-
-
-def _different(documents: Documents) -> int:
-    """Different documents of a domain: upsampled ones count once."""
-    return int(np.unique(documents.ids).size) if isinstance(documents, View) else documents.num_docs
 
 
 def _targets(source: StageSource, domain: str) -> tuple[float, float]:

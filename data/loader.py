@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import queue
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,6 +22,8 @@ from data.batch import Batch, cu_seqlens_of
 from data.packing import ConcatPacking, Pieces, Row, build_row
 from data.source import StageSource
 from data.store import TokenStore
+
+log = logging.getLogger(__name__)
 
 LoaderState = dict[str, Any]
 """Plain JSON: {"stage_step": steps done, "fingerprint": sha256 of the identity, "identity": its parts}."""
@@ -72,6 +75,12 @@ class TrainLoader:
         self._rank, self._world = dp_rank, dp_world
         self._balance = stage.data.balance and dp_world > 1
         self._start, self._prefetch, self._pin = start_step, prefetch, pin_memory
+        for domain, count in self.source.left_out.items():
+            if count and dp_rank == 0 and start_step == 0:
+                log.warning(
+                    "%s: %d of the %d documents of %s are left out by its rule or as longer than seq_len=%d",
+                    name, count, sets[domain].num_docs, domain, stage.seq_len,
+                )  # fmt: skip
 
     def __len__(self) -> int:
         """Steps that remain."""

@@ -92,6 +92,11 @@ class StageSource:
         self.packed = {
             domain: _packing(stage, domain, sets[domain], docs) for domain, docs in self.documents.items()
         }
+        self.left_out = {
+            domain: store.num_docs - docs.num_distinct if isinstance(docs, View) else 0
+            for (domain, store), docs in zip(self._sets.items(), self.documents.values(), strict=True)
+        }
+        """Documents of each domain's set that its rule leaves out, or drops as longer than `seq_len`."""
         self.identity: dict[str, Any] = {
             "stage": name,
             "seed": seed,

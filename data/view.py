@@ -35,6 +35,7 @@ class View:
         self.ids: np.ndarray = tables["ids"]
         self.offsets: np.ndarray = tables["offsets"]
         self.num_docs, self.num_tokens = len(self.ids), int(self.offsets[-1])
+        self.num_distinct = int(tables["distinct"][0])  # upsampled documents counted once
 
     def doc(self, i: int) -> np.ndarray:
         return self._store.doc(int(self.ids[i]))[: int(self.offsets[i + 1] - self.offsets[i])]
@@ -84,7 +85,8 @@ def select(lengths: np.ndarray, rule: DomainRule, seq_len: int, masked: bool, wh
         raise UserError(f"{where} leaves none of {len(lengths)} documents: relax its lengths, or leave it out")
     ids = np.concatenate(rounds)
     used = np.minimum(lengths, seq_len) if what == "truncate" else lengths
-    return {"ids": ids, "offsets": np.concatenate([[0], np.cumsum(used[ids])]).astype(np.int64)}
+    offsets = np.concatenate([[0], np.cumsum(used[ids])]).astype(np.int64)
+    return {"ids": ids, "offsets": offsets, "distinct": np.array([np.count_nonzero(copies)])}
 
 
 def rule_key(rule: DomainRule) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from conf.constants import IGNORE_INDEX
 from conf.errors import UserError
-from conf.schema import StageConfig, StageDataConfig
+from conf.schema import DomainRule, StageConfig, StageDataConfig
 from data.loader import LoaderState, TrainLoader, heldout_batches, long_documents, prefetched
 from data.store import TokenStore
 from tests.data.build import write_store
@@ -185,3 +185,16 @@ def test_long_documents_are_whole_prefixes(tmp_path: Path) -> None:
 def test_state_type_is_plain(sets: dict[str, TokenStore]) -> None:
     state: LoaderState = make_loader(sets).state(1)
     assert set(state) == {"stage_step", "fingerprint", "identity"}
+
+
+def test_documents_left_out_are_told_once(sets: dict[str, TokenStore], caplog: pytest.LogCaptureFixture) -> None:
+    stage = make_stage()
+    stage.data.packing = "best_fit"
+    stage.data.rules = {"books": DomainRule(min_length=10), "code": DomainRule(long="drop", upsample={20: 3})}
+    for options in ({"start_step": 1}, {"dp_rank": 1, "dp_world": 2}):
+        make_loader(sets, stage, **options)
+    assert not caplog.messages
+    make_loader(sets, stage)
+    long = sum(sets["code"].doc_length(i) > 32 for i in range(80))
+    told = f"long: {long} of the 80 documents of code are left out by its rule or as longer than seq_len=32"
+    assert caplog.messages == [told]
