@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from eval.prefixes import Prefixes
 from model.cache import KVCache
 from model.decode_graph import Decoder
 from model.parallel_generation import agree, cache_shape
@@ -30,6 +31,8 @@ def generate(
     decode_plans: Sequence[LayerPlan],
     chunk: int = 0,
     ended: Callable[[list[int]], bool] | None = None,
+    prefixes: Prefixes | None = None,
+    share: str = "",
 ) -> list[list[int]]:
     """The most likely continuation of every prompt, token by token.
 
@@ -42,6 +45,10 @@ def generate(
         ended: whether a row may end with the new tokens it has, such as after a stop string. All are returned.
             Under sequence parallelism all ranks call with the same prompts and plans; the first one's `ended`
             counts, and its result is the one to use.
+
+        prefixes: with it, what prompts share is run once, within the batch and with the last one.
+        share: what the prompts are run as, such as the name of their plans; keys are shared under one name only.
+            Empty: nothing is shared, and nothing kept.
 
     Returns:
         New tokens of each prompt. Rows of a batch do not influence each other.
@@ -62,7 +69,14 @@ def generate(
     for row, prompt in enumerate(prompts):
         ids_RS[row, : len(prompt)] = torch.tensor(prompt)
 
+    sharing = prefixes is not None and bool(share) and not model.config.key_conv
+    if prefixes is not None and sharing:
+        prefixes.begin(cache, ids_RS, share)
+    elif prefixes is not None:
+        prefixes.clear()
     logits_RV = model.prefill(ids_RS.to(parameter.device), cache, prefill_plans, chunk)
+    if prefixes is not None and sharing:
+        prefixes.keep(cache, ids_RS)
     decode = Decoder(model, cache, decode_plans, max_new_tokens - 1)
     new_RS: list[list[int]] = [[] for _ in prompts]
     running = set(range(len(prompts)))

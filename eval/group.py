@@ -18,6 +18,7 @@ from torch import Tensor
 
 from conf.errors import UserError
 from eval.generate import generate
+from eval.prefixes import Prefixes
 from model.execution import Execution
 from model.schedule import LayerPlan
 from model.sequence_parallel import SequenceParallel
@@ -29,12 +30,12 @@ class Group:
 
     def __init__(self, model: CausalLM) -> None:
         assert model.execution.parallel is not None
-        self.model, self._parallel = model, model.execution.parallel
+        self.model, self._parallel, self.prefixes = model, model.execution.parallel, Prefixes()
 
     def generate(self, prompts: Sequence[Sequence[int]], ended: Any = None, **settings: Any) -> list[list[int]]:
         """`eval.generate.generate` without its model. `ended` is asked here only."""
         _tell(self._parallel, ("generate", (prompts, settings)))
-        return generate(self.model, prompts, ended=ended, **settings)
+        return generate(self.model, prompts, ended=ended, prefixes=self.prefixes, **settings)
 
     def token_losses(
         self,
@@ -68,14 +69,14 @@ def serve(model: CausalLM) -> None:
     """Do what the group's first process says, until it stops."""
     parallel = model.execution.parallel
     assert parallel is not None
-    device = next(model.parameters()).device
+    device, prefixes = next(model.parameters()).device, Prefixes()
     while True:
         what, values = _tell(parallel, None)
         if what == "stop":
             return
         if what == "generate":
             prompts, settings = values
-            generate(model, prompts, **settings)
+            generate(model, prompts, prefixes=prefixes, **settings)
         else:
             tensors, rest = [x.to(device) for x in values[:4]], values[4:]
             _token_losses(model, *tensors, *rest)

@@ -10,7 +10,7 @@ from conf.errors import UserError
 from conf.schema import GenerateConfig
 from eval.load import Loaded
 from eval.row_scores import score_rows
-from model.schedule import LayerPlan
+from model.schedule import LayerPlan, describe
 
 if TYPE_CHECKING:
     from lm_eval.api.model import TemplateLM
@@ -103,6 +103,7 @@ class Engine:
                 decode_plans=self.decode_plans,
                 chunk=self.settings.chunk,
                 ended=_stops_at(tokenizer, stops),
+                share=describe(tuple(self.plans)) if self.settings.share else "",
             )
             for request, new in zip(batch, answers, strict=True):
                 text = tokenizer.decode(new, skip_special_tokens=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from data.tokenizer import Tokenizer, load_tokenizer
 from eval.generate import generate
 from eval.group import Group
 from eval.moba_settings import checked_moba
+from eval.prefixes import Prefixes
 from model.execution import PLAIN, Execution
 from model.hf import moba_settings, read_hf
 from model.schedule import FULL, LayerPlan, check_chooser, full_plans, plan
@@ -71,6 +72,7 @@ class Loaded:
     tokenizer: Tokenizer
     source: Source
     group: Group | None = None
+    prefixes: Prefixes = field(default_factory=Prefixes)
 
     @property
     def losses(self) -> CausalLM | Group:
@@ -81,7 +83,7 @@ class Loaded:
         """`eval.generate.generate`, shared out where there is a group."""
         if self.group is not None:
             return self.group.generate(prompts, **settings)
-        return generate(self.model, prompts, **settings)
+        return generate(self.model, prompts, prefixes=self.prefixes, **settings)
 
     @property
     def device(self) -> torch.device:

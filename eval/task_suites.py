@@ -40,8 +40,14 @@ def needle_suite(e: Evaluation) -> dict[str, Any]:
     """One needle by depth and length: RULER's single needle, at a place that is chosen and not drawn."""
     settings, ruler = e.config.needle, e.config.ruler
     tasks = needle_tasks(settings.depths)
+    # The deepest first: its haystack is whole up to there, and begins as the others do.
     config = replace(
-        ruler, tasks=tasks, lengths=settings.lengths, samples=settings.samples, seed=settings.seed, prompts=""
+        ruler,
+        tasks=tasks[::-1],
+        lengths=settings.lengths,
+        samples=settings.samples,
+        seed=settings.seed,
+        prompts="",
     )
     result = _answered(e, config, "needle")
     grids = {
@@ -75,6 +81,7 @@ def _answered(e: Evaluation, config: RulerConfig, benchmark: str) -> dict[str, A
                 prefill_plans=e.plans[name],
                 decode_plans=decode[name],
                 chunk=settings.chunk,
+                share=name if settings.share else "",
             )
 
         return answer
@@ -93,6 +100,7 @@ def _answered(e: Evaluation, config: RulerConfig, benchmark: str) -> dict[str, A
     with tables.progress() as report:
         steps = report.counter()
         results = run_ruler(config, encoder, folder, answers, facts, steps, settings.batch, benchmark)
+    e.loaded.prefixes.clear()
     return {
         "checkpoint": e.about,
         "decode": settings.decode,
@@ -116,6 +124,7 @@ def harness_suite(e: Evaluation) -> dict[str, Any]:
         results[name] = harness.run_tasks(
             harness_model(engine), tasks, settings.include, settings.limit, settings.code
         )
+    e.loaded.prefixes.clear()
     return {
         "checkpoint": e.about,
         "version": version("lm_eval"),

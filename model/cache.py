@@ -1,8 +1,7 @@
 """Keys and values of a batch of prompts and their continuations, with the block means that MoBA needs.
 
 The phase is explicit: a cache is filled once by `prefill`, whole or part by part, then extended one token per row
-by `decode`.
-Rows may have different lengths; lengths are known on the host, so nothing waits for the device.
+by `decode`. Rows may have different lengths; lengths are known on the host, so nothing waits for the device.
 
 Shape legend: R rows, L capacity in tokens, Hkv kv heads, D head_dim, N blocks, T prompt tokens of all rows.
 """
@@ -10,6 +9,7 @@ Shape legend: R rows, L capacity in tokens, Hkv kv heads, D head_dim, N blocks, 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -19,6 +19,14 @@ from conf.schema import ModelConfig
 from model.shapes import head_dim
 
 Part = list[tuple[int, int, int]]  # (row, first token, token behind the last) of prompts
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """Keys and values of one row's first tokens, [n, Hkv, D] for each layer."""
+
+    keys: list[Tensor]
+    values: list[Tensor]
 
 
 class KVCache:
@@ -34,6 +42,8 @@ class KVCache:
         phase: "prefill" until the prompts are stored, then "decode".
         lengths: tokens stored per row.
         part: what of the prompts is being run, if they are run in parts.
+        done: tokens of each prompt that are stored, where prefill starts; see `begin_with`.
+        shared: so many first tokens are the same in all prompts: they are run for the first row alone.
     """
 
     def __init__(
@@ -50,6 +60,8 @@ class KVCache:
         self.phase: Literal["prefill", "decode"] = "prefill"
         self.lengths = [int(length) for length in prompt_lengths]
         self.part: Part = []
+        self.done = [0] * len(self.lengths)
+        self.shared = 0
         self.capacity = max(self.lengths) + max_new_tokens
         shape = (len(self.lengths), self.capacity, config.num_kv_heads, head_dim(config))
         self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_layers)]
@@ -83,20 +95,51 @@ class KVCache:
     def parts(self, chunk: int) -> Iterator[Part]:
         """The prompts in parts of at most `chunk` tokens (at least one per row); 0 or enough for all: one part.
 
-        Rows advance together, so a row that is done leaves its share to the others.
+        Rows advance together, so a row that is done leaves its share to the others. What the prompts share comes
+        first, once; what is stored already does not come.
         """
         self.require("prefill")
-        if not chunk or sum(self.lengths) <= chunk:
+        if not any(self.done) and not self.shared and (not chunk or sum(self.lengths) <= chunk):
             yield [(row, 0, length) for row, length in enumerate(self.lengths)]
             return
-        done = [0] * len(self.lengths)
-        while pending := [row for row, length in enumerate(self.lengths) if done[row] < length]:
-            share = max(1, chunk // len(pending))
-            self.part = [(row, done[row], min(done[row] + share, self.lengths[row])) for row in pending]
+        if self.shared > self.done[0]:
+            first = self.done[0]
+            yield from self._advance([self.shared] + [0] * (len(self.lengths) - 1), chunk)
+            for stored in (*self.keys, *self.values):
+                stored[1:, first : self.shared] = stored[:1, first : self.shared]
+            self.done = [self.shared] * len(self.lengths)
+        yield from self._advance(self.lengths, chunk)
+        self.part = []
+
+    def _advance(self, ends: Sequence[int], chunk: int) -> Iterator[Part]:
+        """Parts up to `ends`, from what is done."""
+        while pending := [row for row, end in enumerate(ends) if self.done[row] < end]:
+            share = max(1, chunk // len(pending)) if chunk else max(ends)
+            self.part = [(row, self.done[row], min(self.done[row] + share, ends[row])) for row in pending]
             yield self.part
             for row, _, end in self.part:
-                done[row] = end
-        self.part = []
+                self.done[row] = end
+
+    def begin_with(self, shared: int, prefix: Prefix | None = None, kept: int = 0) -> None:
+        """Before prefill: all prompts begin with the same `shared` tokens, `kept` of which `prefix` holds.
+
+        Raises:
+            ValueError: a prompt that would have nothing left to run, or a key convolution, whose past is not kept.
+        """
+        self.require("prefill")
+        if not kept <= shared < min(self.lengths):
+            raise ValueError(f"{shared} shared tokens, {kept} of them kept: prompts of {self.lengths} need more")
+        if self._raw_keys[0].shape[1]:
+            raise ValueError("prompts under a key convolution share nothing: its past is not kept")
+        if prefix is not None:
+            for stored, first in zip((*self.keys, *self.values), (*prefix.keys, *prefix.values), strict=True):
+                stored[:, :kept] = first[:kept]
+        self.done, self.shared = [kept] * len(self.lengths), shared
+
+    def prefix(self) -> Prefix:
+        """A copy of the first prompt's keys and values."""
+        end = self.lengths[0]
+        return Prefix([keys[0, :end].clone() for keys in self.keys], [v[0, :end].clone() for v in self.values])
 
     def store_part(self, layer: int, k_THD: Tensor, v_THD: Tensor) -> None:
         """Keys and values of `part`, its rows laid end to end, [T, Hkv, D]."""
