@@ -13,15 +13,16 @@ Shape legend: R rows, S seq_len, N document pieces of a batch, B position bucket
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import chain, pairwise
-from typing import Any, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from conf.constants import IGNORE_INDEX
 from data.batch import Batch
+from eval.loss_report import Bucket, LossReport, estimate
 
 Plans = TypeVar("Plans", contravariant=True)
 
@@ -41,43 +42,6 @@ class TokenLosses(Protocol[Plans]):
         max_seqlen: int,
         plans: Plans,
     ) -> Tensor: ...
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A mean over tokens, in nats, and its uncertainty.
-
-    `stderr` treats documents, not tokens, as independent (the linearised variance of a ratio of sums over
-    documents), so it does not shrink with the length of a document. None with fewer than two documents.
-    """
-
-    loss: float | None
-    tokens: int
-    documents: int
-    stderr: float | None
-
-
-@dataclass(frozen=True)
-class Bucket:
-    """Loss at positions `start` <= p < `end`: of predicting token p + 1 from tokens 0..p of its document."""
-
-    start: int
-    end: int
-    estimate: Estimate
-
-
-@dataclass(frozen=True)
-class LossReport:
-    """Held-out mean over all valid tokens; trailing loss and buckets over full-length rows only."""
-
-    heldout: Estimate
-    trailing: Estimate
-    trailing_tokens: int
-    seq_len: int
-    buckets: tuple[Bucket, ...]
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 def bucket_edges(seq_len: int, bucket: int, spacing: str = "linear") -> tuple[int, ...]:
@@ -138,11 +102,11 @@ class LossSums:
         """The means and errors. The one place that reads from the device."""
         lines = self.table.cpu()
         buckets = tuple(
-            Bucket(start, end, _estimate(line))
+            Bucket(start, end, estimate(line))
             for (start, end), line in zip(pairwise(self.edges), lines[FIRST_BUCKET:], strict=True)
         )
         trailing = min(self.trailing, self.edges[-1])
-        return LossReport(_estimate(lines[MEAN]), _estimate(lines[TRAILING]), trailing, self.edges[-1], buckets)
+        return LossReport(estimate(lines[MEAN]), estimate(lines[TRAILING]), trailing, self.edges[-1], buckets)
 
 
 def evaluate_loss(
@@ -238,15 +202,3 @@ def _moments(loss: Tensor, tokens: Tensor) -> Tensor:
     """A line of the table from the sums of each cluster: [clusters], [clusters] -> [6]."""
     seen = (tokens > 0).double()
     return torch.stack([loss, tokens, seen, loss * loss, loss * tokens, tokens * tokens]).sum(1)
-
-
-def _estimate(line: Tensor) -> Estimate:
-    loss, tokens, clusters, loss_loss, loss_tokens, tokens_tokens = line.tolist()
-    if tokens == 0:
-        return Estimate(None, 0, 0, None)
-    mean = loss / tokens
-    if clusters < 2:
-        return Estimate(mean, int(tokens), int(clusters), None)
-    residual = max(0.0, loss_loss - 2 * mean * loss_tokens + mean * mean * tokens_tokens)
-    stderr = (residual * clusters / (clusters - 1)) ** 0.5 / tokens
-    return Estimate(mean, int(tokens), int(clusters), stderr)

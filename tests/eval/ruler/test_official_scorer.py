@@ -51,7 +51,14 @@ class Canned:
         for prompt in prompts:
             text = self.small.tokenizer.decode(prompt)
             needles = re.findall(r"is: (\d{7})", text)
-            answers = ["", " \t\n", " and ".join(needles), (needles or ["x"])[0] + "\x01\x1f", "NOTHING of it", "\x01"]
+            answers = [
+                "",
+                " \t\n",
+                " and ".join(needles),
+                (needles or ["x"])[0] + "\x01\x1f",
+                "NOTHING of it",
+                "\x01",
+            ]
             found.append(self.small.tokenizer.encode(answers[self.count % len(answers)])[:tokens])
             self.count += 1
         return found
