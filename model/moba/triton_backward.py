@@ -17,7 +17,7 @@ from torch import Tensor
 from model.moba import triton_common as common
 from model.moba import triton_steps as steps
 from model.moba.blocks import BlockTable
-from model.moba.triton_common import Tile
+from model.moba.triton_common import Tile, Tiles
 from model.moba.triton_lists import Lists, TileTable
 
 _DELTA_ROWS = 64
@@ -306,12 +306,13 @@ def merge_dq(
     heads: range,
     tokens: range,
     softmax_scale: float,
-    tile: Tile,
+    tiles: Tiles,
 ) -> None:
     """dq [T, H, D] of some key heads and tokens: own block plus partials."""
     H, D = q_THD.shape[1:]
     G = H // k_THD.shape[1]
     K = block_ids.shape[-1]
+    tile = tiles.merge
     grid = (common.ceil_div(len(tokens), tile.rows) * len(heads) * G,)
     _merge_kernel[grid](
         q_THD,
@@ -338,6 +339,6 @@ def merge_dq(
         KEYS=tile.keys,
         D=D,
         SLOTS=common.slot_bits(K),
-        AHEAD=common.SLOTS_AHEAD,
+        AHEAD=tiles.ahead,
         **tile.options,
     )

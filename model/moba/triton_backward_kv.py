@@ -89,6 +89,7 @@ def _dkv_kernel(
     FUSED: tl.constexpr,
     SPLIT: tl.constexpr,
     EVEN: tl.constexpr,  # block_size % KEYS == 0
+    POINTERS: tl.constexpr,  # to keys and values
     STAGES: tl.constexpr,
 ):
     """Program = (block, key head, KEYS of its keys): the first `segment` list entries and the own block.
@@ -120,7 +121,7 @@ def _dkv_kernel(
         d = tl.arange(0, D)
         r = tl.arange(0, ROWS)
         key = first_key + n
-        if FUSED:  # measured: as descriptors the operands would spill here, as pointers they are slower below
+        if POINTERS:  # measured: as descriptors the operands would spill here, as pointers they are slower below
             at_key = (key.to(tl.int64) * num_kv_heads + head)[:, None] * D + d[None, :]
             k = tl.load(k_ptr + at_key, mask=(key < end)[:, None], other=0.0)
             v = tl.load(v_ptr + at_key, mask=(key < end)[:, None], other=0.0)
@@ -162,9 +163,9 @@ def _dkv_kernel(
         num = (end - start + (ROWS - 1)) // ROWS
         if begin > 0:
             num = 0
-        # Fused: not pipelined. Accumulators that two pipelined loops hand over make ptxas wait for every single
-        # matrix instruction of the kernel there.
-        for i in tl.range(0, num * G, num_stages=1 if FUSED else STAGES):
+        # With pointers not pipelined: there, accumulators that two pipelined loops hand over make ptxas wait for
+        # every single matrix instruction of the kernel.
+        for i in tl.range(0, num * G, num_stages=1 if POINTERS else STAGES):
             query_head = head * G + i % G
             first = start + i // G * ROWS
             token = first + r
@@ -280,6 +281,7 @@ def dkv(
     heads: range,
     softmax_scale: float,
     tile: Tile,
+    pointers: bool = False,
 ) -> None:
     """dk, dv [T, Hkv, D] of some key heads. With `part` also the dq partials of all tokens (fused)."""
     H, D = q_THD.shape[1:]
@@ -338,6 +340,7 @@ def dkv(
         FUSED=part is not None,
         SPLIT=cut is not None,
         EVEN=table.block_size % tile.keys == 0,
+        POINTERS=pointers,
         STAGES=tile.stages,
         **tile.options,
     )

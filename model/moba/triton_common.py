@@ -23,7 +23,6 @@ LOG2E = math.log2(math.e)
 # True when the kernels of this process run in Triton's interpreter (TRITON_INTERPRET=1 at the first import).
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 MIN_SEGMENT = 128 if INTERPRETED else 1 << 14  # list entries one program takes in the dk, dv kernel, at least
-SLOTS_AHEAD = 2  # stages of the loops over the partials of a query
 LIST_ALIGN = 4  # list starts are multiples of 16 bytes of fp32: 1-D TMA loads need it
 
 
@@ -61,6 +60,9 @@ class Tiles:
     stationary_dq: bool
     stream: int = 1  # row tiles one program of a stationary kernel handles
     fused: Tile | None = None  # dk, dv and dq partials in one kernel: a tile that covers the block
+    fused_pointers: bool = True  # its keys and values come by pointer, else by descriptor
+    combine_split: bool = True  # keys of the own block that all rows see have a loop of their own, without a mask
+    ahead: int = 2  # stages of the loops over the partials of a query
 
 
 @cache
@@ -103,6 +105,9 @@ def _covered(head_dim: int, gate: Tile, whole: int) -> Tiles:
         stationary_dq=True,
         stream=16,
         fused=dkv,
+        fused_pointers=True,
+        combine_split=True,
+        ahead=2,
     )
 
 

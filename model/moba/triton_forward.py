@@ -19,7 +19,7 @@ from torch import Tensor
 from model.moba import triton_common as common
 from model.moba import triton_steps as steps
 from model.moba.blocks import BlockTable
-from model.moba.triton_common import Tile
+from model.moba.triton_common import Tile, Tiles
 from model.moba.triton_lists import Lists, TileTable
 
 
@@ -149,6 +149,8 @@ def _combine_kernel(
     D: tl.constexpr,
     SLOTS: tl.constexpr,  # see triton_common.slot_bits
     AHEAD: tl.constexpr,  # stages of the loop over partials
+    SPLIT: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """Program = (ROWS tokens, query head): own block, then the partials in slot order."""
     local = tl.program_id(0) % (num_heads * G)
@@ -169,20 +171,22 @@ def _combine_kernel(
     last = tl.minimum(first + ROWS, num_tokens) - 1
     begin = tl.load(own_start_ptr + first)
     plain_end = begin
-    if tl.load(own_start_ptr + last) == begin:
-        plain_end = begin + ((first - begin) // KEYS) * KEYS
+    if SPLIT:  # noqa: SIM102 - the outer one is decided by the compiler
+        if tl.load(own_start_ptr + last) == begin:
+            plain_end = begin + ((first - begin) // KEYS) * KEYS
     column = head * D
     depth = token - tl.load(own_start_ptr + token, mask=live, other=0)
-    for j in tl.range(plain_end, last + 1, KEYS, num_stages=1):
+    for j in tl.range(plain_end, last + 1, KEYS, num_stages=1 if SPLIT else STAGES):
         k = k_desc.load([j, column])
         v = v_desc.load([j, column])
         top, total, out = steps.attend(
             q, k, v, steps.inside_own(token, depth, j + n), scale_log2, top, total, out, True
         )
-    for j in tl.range(begin, plain_end, KEYS):
-        k = k_desc.load([j, column])
-        v = v_desc.load([j, column])
-        top, total, out = steps.attend(q, k, v, True, scale_log2, top, total, out, False)
+    if SPLIT:
+        for j in tl.range(begin, plain_end, KEYS):
+            k = k_desc.load([j, column])
+            v = v_desc.load([j, column])
+            top, total, out = steps.attend(q, k, v, True, scale_log2, top, total, out, False)
 
     pair = (head - first_head).to(tl.int64) * pairs_per_head + ((token - first_token).to(tl.int64) * G + g) * K
     bits = live.to(tl.int32)
@@ -259,12 +263,13 @@ def combine(
     heads: range,
     tokens: range,
     scale_log2: float,
-    tile: Tile,
+    tiles: Tiles,
 ) -> None:
     """Own block plus partials -> out [T, H, D] and lse2 fp32 [T, H], for some key heads and tokens."""
     H, D = q_THD.shape[1:]
     G = H // k_THD.shape[1]
     K = block_ids.shape[-1]
+    tile = tiles.combine
     grid = (common.ceil_div(len(tokens), tile.rows) * len(heads) * G,)
     _combine_kernel[grid](
         q_THD,
@@ -289,6 +294,8 @@ def combine(
         KEYS=tile.keys,
         D=D,
         SLOTS=common.slot_bits(K),
-        AHEAD=common.SLOTS_AHEAD,
+        AHEAD=tiles.ahead,
+        SPLIT=tiles.combine_split,
+        STAGES=tile.stages,
         **tile.options,
     )

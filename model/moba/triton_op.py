@@ -9,6 +9,7 @@ Shape legend: triton_common.py.
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -23,6 +24,8 @@ from model.moba.triton_backward_kv import dkv, fill_list_sums
 from model.moba.triton_forward import combine, routed
 from model.moba.triton_lists import Lists
 from model.moba.triton_plan import Plan, default_budget, make_plan
+
+OVERLAP = False
 
 
 def attend(
@@ -114,7 +117,7 @@ def forward_pass(
     for heads in plan.head_ranges(Hkv):
         if K == 0:
             combine(q_THD, k_THD, v_THD, None, None, block_ids, table, out, lse, heads, range(T), scale_log2,
-                    tiles.combine)  # fmt: skip
+                    tiles)  # fmt: skip
             continue
         lists = _lists(block_ids, table, H // Hkv, heads)
         if plan.keep_lists:
@@ -127,7 +130,7 @@ def forward_pass(
             routed(q_THD, k_THD, v_THD, part_c, lse_c, lists, work, table, tokens.start, scale_log2, tiles.routed,
                    tiles.stationary)  # fmt: skip
             combine(q_THD, k_THD, v_THD, part_c, lse_c, block_ids, table, out, lse, heads, tokens, scale_log2,
-                    tiles.combine)  # fmt: skip
+                    tiles)  # fmt: skip
     return out, lse, kept
 
 
@@ -156,7 +159,7 @@ def backward_pass(
     fused = tiles.fused if plan.tokens >= T else None  # its partials need all tokens at once
     for number, heads in enumerate(plan.head_ranges(Hkv)):
         if K == 0:
-            merge_dq(*inputs, None, block_ids, table, dq, heads, range(T), softmax_scale, tiles.merge)
+            merge_dq(*inputs, None, block_ids, table, dq, heads, range(T), softmax_scale, tiles)
             dkv(*inputs, None, None, None, None, table, dk, dv, heads, softmax_scale, tiles.dkv)
             continue
         lists = saved[number] if saved else _lists(block_ids, table, H // Hkv, heads)
@@ -166,17 +169,32 @@ def backward_pass(
         part, _ = _partials(q_THD, plan, heads, H // Hkv * K)
         if fused is not None:
             fill_list_sums(lists, sums, list_lse, list_delta)
-            dkv(*inputs, lists, list_lse, list_delta, part, table, dk, dv, heads, softmax_scale, fused)
-            merge_dq(*inputs, part, block_ids, table, dq, heads, range(T), softmax_scale, tiles.merge)
+            dkv(*inputs, lists, list_lse, list_delta, part, table, dk, dv, heads, softmax_scale, fused,
+                tiles.fused_pointers)  # fmt: skip
+            merge_dq(*inputs, part, block_ids, table, dq, heads, range(T), softmax_scale, tiles)
             continue
+        beside = OVERLAP and plan.tokens >= T and q_THD.is_cuda
         for tokens in plan.token_ranges(T):
             work = lists.tiles(dq_rows, tokens.start, tokens.stop)
             part_c = part[:, : len(tokens)]
             dq_partials(*inputs, part_c, list_lse, list_delta, lists, work, table, tokens.start, scale_log2,
                         tiles.dq, tiles.stationary_dq)  # fmt: skip
-            merge_dq(*inputs, part_c, block_ids, table, dq, heads, tokens, softmax_scale, tiles.merge)
+            if not beside:
+                merge_dq(*inputs, part_c, block_ids, table, dq, heads, tokens, softmax_scale, tiles)
+        if beside:  # the merge fills multiprocessors that the last dk, dv programs leave idle
+            main, side = torch.cuda.current_stream(), _side_stream(q_THD.device)
+            side.wait_stream(main)
+            with torch.cuda.stream(side):
+                merge_dq(*inputs, part, block_ids, table, dq, heads, range(T), softmax_scale, tiles)
         dkv(*inputs, lists, list_lse, list_delta, None, table, dk, dv, heads, softmax_scale, tiles.dkv)
+        if beside:
+            main.wait_stream(side)
     return dq, dk, dv
+
+
+@cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device, priority=0)
 
 
 def _plan(q_THD: Tensor, k_THD: Tensor, slots: int, budget: int) -> Plan:

@@ -91,9 +91,7 @@ def _forward(
     own = (k_NHD[start:], v_NHD[start:])
     for heads in plan.head_ranges(Hkv):
         if K == 0:
-            combine(
-                q_THD, *own, None, None, ids, table, out, lse, heads, range(T), scale_log2, tiles.combine
-            )  # fmt: skip
+            combine(q_THD, *own, None, None, ids, table, out, lse, heads, range(T), scale_log2, tiles)
             continue
         lists = triton_lists.build_lists(ids, num_blocks, H // Hkv, heads.start, len(heads))
         shape = (len(heads), min(plan.tokens, T), H // Hkv * K)
@@ -106,5 +104,5 @@ def _forward(
                 q_THD, k_NHD, v_NHD, part_c, lse_c, lists, work, table, tokens.start, scale_log2, tiles.routed,
                 tiles.stationary,
             )  # fmt: skip
-            combine(q_THD, *own, part_c, lse_c, ids, table, out, lse, heads, tokens, scale_log2, tiles.combine)
+            combine(q_THD, *own, part_c, lse_c, ids, table, out, lse, heads, tokens, scale_log2, tiles)
     return out

@@ -92,9 +92,9 @@ def _loop_spills(code: str) -> int:
     return max((spills for *_, spills in inner), default=0)
 
 
-def _dkv(tile: common.Tile, dim: int, fused: bool) -> dict[str, Any]:
+def _dkv(tile: common.Tile, dim: int, fused: bool, pointers: bool = False) -> dict[str, Any]:
     return {"G": 4, "ROWS": tile.rows, "KEYS": tile.keys, "D": dim, "ROUTED": True, "FUSED": fused, "SPLIT": True,
-            "EVEN": True, "STAGES": tile.stages}  # fmt: skip
+            "EVEN": True, "POINTERS": pointers, "STAGES": tile.stages}  # fmt: skip
 
 
 def jobs(dim: int, block_size: int) -> list[tuple[str, Any, dict[str, Any], common.Tile]]:
@@ -107,19 +107,22 @@ def jobs(dim: int, block_size: int) -> list[tuple[str, Any, dict[str, Any], comm
     def tokens(tile: common.Tile) -> dict[str, Any]:
         return {"G": 4, "ROWS": tile.rows, "KEYS": tile.keys, **shape}
 
-    slots = {"SLOTS": 8, "AHEAD": common.SLOTS_AHEAD}
+    slots = {"SLOTS": 8, "AHEAD": tiles.ahead}
+    own = {"SPLIT": tiles.combine_split, "STAGES": tiles.combine.stages}
 
     routed = forward._stationary_kernel if tiles.stationary else forward._routed_kernel
     dq = backward._stationary_dq_kernel if tiles.stationary_dq else backward._dq_kernel
     found = [
         ("routed", routed, pairs(tiles.routed), tiles.routed),
-        ("combine", forward._combine_kernel, {**tokens(tiles.combine), **slots}, tiles.combine),
+        ("combine", forward._combine_kernel, {**tokens(tiles.combine), **slots, **own}, tiles.combine),
         ("dq", dq, pairs(tiles.dq), tiles.dq),
         ("merge", backward._merge_kernel, {**tokens(tiles.merge), **slots}, tiles.merge),
         ("dkv", backward_kv._dkv_kernel, _dkv(tiles.dkv, dim, False), tiles.dkv),
     ]
     if tiles.fused is not None:
-        found.append(("fused", backward_kv._dkv_kernel, _dkv(tiles.fused, dim, True), tiles.fused))
+        found.append(
+            ("fused", backward_kv._dkv_kernel, _dkv(tiles.fused, dim, True, tiles.fused_pointers), tiles.fused)
+        )
     if block_size == 512:
         means = {"G": 4, "GROUP": 4, "TOKENS": 16, "COLS": tiles.gate.keys, "SLOTS": 8, "LOW": True, **shape}
         found.append(("gate", gate._gate_kernel, means, tiles.gate))
