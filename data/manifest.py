@@ -6,16 +6,17 @@ It is written last, into a folder that gets its final name by one rename: a fold
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from conf.checksums import Expected
 from conf.errors import UserError
 
 MANIFEST_FILE = "manifest.json"
+REMEDY = "prepare the set anew"
 VERSION = 1
 SPLITS = ("train", "heldout")
 
@@ -57,6 +58,11 @@ class Manifest:
     weighted: bool = False
     source: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def expected(self) -> Expected:
+        """What `conf.checksums` compares the files with."""
+        return {name: (info.bytes, info.sha256) for name, info in self.files.items()}
+
 
 def save_manifest(manifest: Manifest, folder: Path) -> None:
     """Write `manifest.json` and make it durable."""
@@ -81,29 +87,3 @@ def load_manifest(folder: Path) -> Manifest:
         return Manifest(**raw)
     except (KeyError, TypeError, AttributeError, json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is damaged ({type(error).__name__}: {error}); prepare the set anew") from error
-
-
-def check_sizes(manifest: Manifest, folder: Path) -> None:
-    """Every file exists and has its size (cheap; done at each open). UserError otherwise."""
-    for name, info in manifest.files.items():
-        path = folder / name
-        if not path.is_file():
-            raise UserError(f"{path} is missing; prepare the set anew")
-        if path.stat().st_size != info.bytes:
-            raise UserError(f"{path} has {path.stat().st_size} bytes, expected {info.bytes}; prepare the set anew")
-
-
-def check_hashes(manifest: Manifest, folder: Path) -> None:
-    """Every file has its checksum (reads everything). UserError otherwise."""
-    check_sizes(manifest, folder)
-    for name, info in manifest.files.items():
-        if sha256_of(folder / name) != info.sha256:
-            raise UserError(f"{folder / name} is damaged (checksum differs); prepare the set anew")
-
-
-def sha256_of(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()

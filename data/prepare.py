@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from conf.checksums import sha256_file
 from conf.domains import trained_whole
 from conf.errors import UserError
 from conf.schema import DataConfig, ReadConfig, SyntheticConfig, TokenizerConfig
@@ -25,7 +26,7 @@ from data.encode import check_encodable
 from data.encoder import load_encoder
 from data.existing import SKIPPED_FILE, existing, settings_of, warn_if_changed
 from data.folder import clear, exclusive_sibling, publish
-from data.manifest import MANIFEST_FILE, SPLITS, FileInfo, Manifest, load_manifest, save_manifest, sha256_of
+from data.manifest import MANIFEST_FILE, SPLITS, FileInfo, Manifest, load_manifest, save_manifest
 from data.origin import SOURCE_FILE, describe, save_list
 from data.parts import Job, Part, clear_records, group, part_bytes
 from data.pool import run_parts
@@ -212,7 +213,7 @@ def _finish(
     save_list(sources, tmp)
     listed = {name: info for _, files in written.values() for name, info in files.items()}
     for path in [tmp / SKIPPED_FILE, tmp / SOURCE_FILE, *sorted((tmp / TOKENIZER_FOLDER).iterdir())]:
-        listed[path.relative_to(tmp).as_posix()] = FileInfo(path.stat().st_size, sha256_of(path))
+        listed[path.relative_to(tmp).as_posix()] = FileInfo(path.stat().st_size, sha256_file(path))
     return Manifest(
         settings, tokenizer.fingerprint, tokenizer.vocab_size, np.dtype(job.dtype).name, splits, dict(skipped),
         listed, masked=job.masked, weighted=job.weighted, source=describe(sources),

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import numpy as np
 
+from conf.checksums import check_hashes, check_sizes
 from conf.errors import UserError
-from data.manifest import SPLITS, check_hashes, check_sizes, load_manifest
+from data.manifest import REMEDY, SPLITS, load_manifest
 from data.writer import LOSS_SUFFIX, loss_dtype
 
 
@@ -28,7 +29,7 @@ class TokenStore:
             raise ValueError(f"split {split!r} is none of {SPLITS}")
         self.path, self.split = Path(path), split
         self.manifest = load_manifest(self.path)
-        check_sizes(self.manifest, self.path)
+        check_sizes(self.path, self.manifest.expected, REMEDY)
         info = self.manifest.splits[split]
         if info.documents == 0:
             raise UserError(f"{self.path} has no {split} documents; prepare it with another `heldout` share")
@@ -92,5 +93,5 @@ class TokenStore:
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
     def verify(self) -> None:
-        """Compare every file with its checksum; UserError names the first that differs. Reads everything."""
-        check_hashes(self.manifest, self.path)
+        """Compare every file with its checksum; UserError names one that differs. Reads everything."""
+        check_hashes(self.path, self.manifest.expected, REMEDY)

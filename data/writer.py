@@ -15,7 +15,8 @@ from typing import BinaryIO
 
 import numpy as np
 
-from data.manifest import FileInfo, SplitInfo, sha256_of
+from conf.checksums import sha256_file
+from data.manifest import FileInfo, SplitInfo
 
 LOSS_SUFFIX = ".loss"
 
@@ -132,4 +133,4 @@ def _save(path: Path, values: np.ndarray) -> FileInfo:
         np.save(file, values, allow_pickle=False)
         file.flush()
         os.fsync(file.fileno())
-    return FileInfo(path.stat().st_size, sha256_of(path))
+    return FileInfo(path.stat().st_size, sha256_file(path))

@@ -5,22 +5,20 @@ Everything is read tensor by tensor; nothing here holds more than one tensor at 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from conf.checksums import check_hashes
 from conf.errors import UserError
 from conf.paths import CheckpointPaths, RunPaths
 
 _log = logging.getLogger(__name__)
-HASH_THREADS = 4  # hashing lets other threads run, and one core is slower than a good disk
 
 
 def list_checkpoints(path: Path) -> list[Path]:
@@ -83,27 +81,7 @@ def verify_checkpoint(path: Path, share: slice = slice(None)) -> None:
         raise UserError(f"{path} is not a finished checkpoint: it has no {manifest.name}") from None
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{manifest} is damaged ({error!r}): use another checkpoint") from error
-    for name, (size, _) in expected.items():  # all the sizes first: they cost nothing
-        file = path / name
-        if not file.is_file():
-            raise UserError(f"{file} is missing: use another checkpoint")
-        if file.stat().st_size != size:
-            raise UserError(f"{file} holds {file.stat().st_size} bytes, not {size}: use another checkpoint")
-    by_size = sorted(expected, key=lambda name: (-expected[name][0], name))[share]
-    with ThreadPoolExecutor(HASH_THREADS) as pool:
-        digests = list(pool.map(lambda name: sha256_file(path / name), by_size))
-    for name, digest in zip(by_size, digests, strict=True):
-        if digest != expected[name][1]:
-            raise UserError(f"{path / name} is damaged (SHA-256 differs): use another checkpoint")
-
-
-def sha256_file(path: Path) -> str:
-    """Hex digest of a file, read in pieces."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while piece := file.read(1 << 22):
-            digest.update(piece)
-    return digest.hexdigest()
+    check_hashes(path, expected, "use another checkpoint", share)
 
 
 class TensorFiles:

@@ -38,7 +38,7 @@ def test_damage_is_found(tmp_path: Path) -> None:
     good = shard.read_bytes()
 
     shard.write_bytes(good[:-2])
-    with pytest.raises(UserError, match=r"train-00002\.bin has"):
+    with pytest.raises(UserError, match=r"train-00002\.bin holds"):
         TokenStore(tmp_path / "a", "train")
 
     shard.write_bytes(bytes([good[0] ^ 1]) + good[1:])

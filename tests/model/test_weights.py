@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from conf.checksums import sha256_file
 from conf.errors import UserError
 from conf.schema import RopeConfig
 from model.transformer import CausalLM
@@ -18,7 +19,6 @@ from model.weights import (
     list_checkpoints,
     load_weights,
     read_weights,
-    sha256_file,
     verify_checkpoint,
 )
 from tests.model.build import tiny_config, tiny_model
