@@ -41,26 +41,30 @@ def measured_rates(gpu: Gpu, folder: Path = RESULTS) -> Rates:
         rows += found
         used += [path.name] if found else []
     if rows:
-        blocks, losses = _step_rates(rows, gpu)
-        rates = replace(rates, matmul=blocks, loss=losses)
+        rates = _with_steps(rates, rows, gpu)
     return replace(rates, attention=tuple(points), sources=(*used, "typical values for the rest"))
 
 
-def _step_rates(rows: list[Row], gpu: Gpu) -> tuple[float, float]:
-    """Shares of the peak in the blocks' products and in the loss: medians over the measured steps."""
-    blocks, losses = [], []
+def _with_steps(rates: Rates, rows: list[Row], gpu: Gpu) -> Rates:
+    """Shares of the peak in the blocks' products and in both kinds of loss: medians over the measured steps."""
+    blocks: list[float] = []
+    losses: dict[bool, list[float]] = {True: [], False: []}
     for row in rows:
         job = job_of_row(row)
         spent = {part: sum(phases.values()) for part, phases in row["parts"].items()}
         blocks.append(block_flops(job) / (spent["projections"] + spent["mlp"]))
-        losses.append(loss_flops(job) / spent["loss"])
-    return median(blocks) / gpu.flops, median(losses) / gpu.flops
+        losses[job.fused_loss].append(loss_flops(job) / spent["loss"])
+    fused, tiled = (median(losses[kind]) / gpu.flops if losses[kind] else None for kind in (True, False))
+    return replace(
+        rates, matmul=median(blocks) / gpu.flops, loss=fused or rates.loss, tiled_loss=tiled or rates.tiled_loss
+    )
 
 
 def job_of_row(row: Row, plans: tuple[LayerPlan, ...] = ()) -> Job:
     """What a row measured; without plans, as far as its products go."""
     parallel = row["mesh"]["sequence_parallel"]
-    model, engine = ModelConfig(**row["model"]), EngineConfig(**row["engine"])
+    # Rows from before there was a choice had the tiled loss.
+    model, engine = ModelConfig(**row["model"]), EngineConfig(**{"loss": "tiled", **row["engine"]})
     return Job(model, plans, row["seq_len"], engine, world=row["processes"], parallel=parallel)
 
 

@@ -46,25 +46,20 @@ class States:
             self.host += int(optimizer + 4 * share)
         else:
             take("optimizer", optimizer)
-        if self._whole_fp32:
+        if self.job.lean_optimizer:  # a whole fp32 gradient, into which bf16 ones go as they come
             take("gradients", 4 * count)
         elif stage == 3 and not job.engine.offload_optimizer:
             take("gradients", (4 + 2) * share if size == 2 else 4 * share)
 
-    @property
-    def _whole_fp32(self) -> bool:
-        """BF16_Optimizer: a whole fp32 gradient, into which bf16 ones go as they come (`train.bf16`)."""
-        return self.job.engine.zero_stage == 1 and self.job.itemsize == 2 and not self.job.engine.offload_optimizer
-
     def begin_backward(self) -> None:
         """ZeRO's own optimizers allocate the bucket into which gradients are copied for their reduction."""
-        if self.job.engine.zero_stage and not self._whole_fp32:
+        if self.job.engine.zero_stage and not self.job.lean_optimizer:
             self._receipts.append(self.ledger.take("communication", self.job.itemsize * self.bucket))
 
     def gradient(self, count: int) -> None:
         """The gradient of `count` parameters has been computed."""
         stage, size, take = self.job.engine.zero_stage, self.job.itemsize, self.ledger.take
-        if self._whole_fp32:
+        if self.job.lean_optimizer:
             self.ledger.touch("gradients", size * count)
             return
         if stage <= 1:
@@ -94,7 +89,7 @@ class States:
     def reduce_rest(self) -> None:
         """After the backward pass: what is left is reduced; BF16_Optimizer and stage 0 start only now."""
         self.ledger.moment = "gradient reduction"
-        if self._whole_fp32 and self.job.world > 1:
+        if self.job.lean_optimizer and self.job.world > 1:
             self.ledger.touch("communication", self.job.itemsize * self.count)
         elif self.job.engine.zero_stage == 0:
             self.ledger.touch("communication", self.job.itemsize * self.bucket)
@@ -104,7 +99,7 @@ class States:
         """The optimizer step; fused AdamW needs nothing of its own."""
         self.ledger.moment = "optimizer step"
         stage, share = self.job.engine.zero_stage, self.count / self.job.world
-        if stage >= 1 and not self._whole_fp32 and not self.job.engine.offload_optimizer:
+        if stage >= 1 and not self.job.lean_optimizer and not self.job.engine.offload_optimizer:
             self.ledger.touch("gradients", 4 * share)  # this rank's gradients, flattened
         self.ledger.give(*self._receipts)
         self._receipts = []

@@ -17,9 +17,10 @@ from model.schedule import LayerPlan
 from model.sequence_parallel import bytes_per_layer
 from model.shapes import head_dim, num_parameters
 
-# Bytes moved through device memory per parameter by AdamW and by what DeepSpeed does around it: the sum into fp32
-# gradients, their norm, the cast back. From 36 ms for 1.24e9 parameters on an H200.
-OPTIMIZER_BYTES = 105
+# Bytes moved through device memory per parameter by AdamW and by what is done around it: the sum into fp32
+# gradients, their norm, the cast back. On an H200 with 1.24e9 parameters: 18 ms in ZeRO-1 and bf16 (`train.bf16`),
+# 36 ms with DeepSpeed's optimizer as it comes, which stands for the other stages.
+LEAN_OPTIMIZER_BYTES, OPTIMIZER_BYTES = 52, 105
 HOST_OPTIMIZER_RATE = 1.5e9  # parameters/s of AdamW on a host's cores, gradient and weight copies included
 
 
@@ -39,15 +40,16 @@ class Rates:
     """What a GPU reaches of its ceilings. The defaults are typical of Hopper; measured ones replace them.
 
     Attributes:
-        matmul: share of the peak in projections and MLP. loss: the same in output head and loss, whose four
-            products per token alternate with passes over fp32 logits.
+        matmul: share of the peak in projections and MLP. loss, tiled_loss: the same in output head and loss, fused
+            and not: the products of the latter alternate with passes over fp32 logits.
         bandwidth: share of the memory bandwidth in everything that only moves data.
         link: share of the link's bandwidth in collectives.
         attention: measured points; the nearest one is used.
     """
 
     matmul: float = 0.70
-    loss: float = 0.27
+    loss: float = 0.62
+    tiled_loss: float = 0.27
     bandwidth: float = 0.75
     link: float = 0.6
     attention: tuple[AttentionRate, ...] = ()
@@ -79,7 +81,7 @@ def step_time(job: Job, gpu: Gpu, rates: Rates, memory: StepMemory, accumulation
         "projections, MLP": block_flops(job) / (gpu.flops * rates.matmul),
         "attention": forward + backward,
         "norm, RoPE, SwiGLU": tokens * model.num_layers * _moved(job) / move,
-        "loss": loss_flops(job) / (gpu.flops * rates.loss),
+        "loss": loss_flops(job) / (gpu.flops * (rates.loss if job.fused_loss else rates.tiled_loss)),
         "communication": _micro_communication(job) / (gpu.link * rates.link),
     }
     seconds = {part: spent * accumulation for part, spent in seconds.items()}
@@ -88,7 +90,7 @@ def step_time(job: Job, gpu: Gpu, rates: Rates, memory: StepMemory, accumulation
     seconds["waiting for host memory"] = max(0.0, copies - computing)
     seconds["communication"] += _step_communication(job) / (gpu.link * rates.link)
     share = num_parameters(model) / job.world
-    seconds["optimizer"] = OPTIMIZER_BYTES * share / move
+    seconds["optimizer"] = (LEAN_OPTIMIZER_BYTES if job.lean_optimizer else OPTIMIZER_BYTES) * share / move
     if engine.offload_optimizer:
         seconds["optimizer"] = share / HOST_OPTIMIZER_RATE
     flops = {
@@ -106,7 +108,7 @@ def block_flops(job: Job) -> float:
 
 
 def loss_flops(job: Job) -> float:
-    """FLOPs of head and loss in a micro-batch: logits, twice unless fused, and two products for their gradients."""
+    """FLOPs of head and loss in a micro-batch: logits, twice unless fused, and two products for gradients."""
     return (6.0 if job.fused_loss else 8.0) * job.local * job.model.hidden_size * job.model.vocab_size
 
 
