@@ -10,8 +10,6 @@ from eval.style import Theme
 
 def losses_by_position(losses: dict[str, dict[str, Any]], theme: Theme) -> bytes | None:
     """Position-wise loss by checkpoint (colour) and attention (line). None without full-length documents."""
-    from matplotlib import colormaps
-
     curves = [
         (number, f"{name}, {plan}", plan, points)
         for number, (name, loss) in enumerate(losses.items())
@@ -23,7 +21,7 @@ def losses_by_position(losses: dict[str, dict[str, Any]], theme: Theme) -> bytes
     with canvas(theme, 9.2, 4.2) as figure:
         axes = figure.add_subplot()
         for number, label, plan, (x, y, _) in curves:
-            colour = colormaps["viridis"](0.12 + 0.76 * number / max(len(losses) - 1, 1))
+            colour = theme.series("viridis", number, len(losses))
             style = "-" if plan == "full" else "--"
             axes.plot(x, y, style, marker="o", markersize=3, color=colour, linewidth=1.7, label=label)
         if any(loss.get("spacing") == "log" for loss in losses.values()):

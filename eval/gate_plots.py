@@ -58,7 +58,6 @@ def gate_value(layers: Sequence[LayerGate], theme: Theme) -> bytes | None:
     """Left: share of full attention's mass kept by the gate, by the best and by the nearest blocks, per layer.
     Right: how far back the chosen blocks lie."""
     import numpy as np
-    from matplotlib import colormaps
 
     measured = [gate for gate in layers if gate.queries]
     if not measured:
@@ -83,7 +82,7 @@ def gate_value(layers: Sequence[LayerGate], theme: Theme) -> bytes | None:
         left.set_title("Share of full attention's mass")
         left.legend(loc="upper left", ncols=2, fontsize=8.5)
         for i, gate in enumerate(measured):
-            colour = colormaps["plasma"](0.2 + 0.6 * i / max(len(measured) - 1, 1))
+            colour = theme.series("plasma", i, len(measured))
             name = f"layer {gate.layer}" if i in spread(len(measured), 6) else "_nolegend_"
             distance = range(1, len(gate.distance) + 1)
             right.plot(distance, gate.distance, marker=".", color=colour, label=name)

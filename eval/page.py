@@ -31,11 +31,13 @@ section > p {{ max-width: 74ch; margin: 6px 0 12px; }}
 .tile b {{ display: block; font-size: 1.5rem; line-height: 1.25; font-variant-numeric: tabular-nums; }}
 .tile span {{ color: var(--faint); font-size: 0.84rem; display: block; line-height: 1.35; }}
 .scroll {{ overflow-x: auto; }}
+.scroll + .scroll {{ margin-top: 18px; }}
 table {{ border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }}
 th, td {{ text-align: right; padding: 5px 10px; border-bottom: 1px solid var(--line); white-space: nowrap; }}
 th:first-child, td:first-child {{ text-align: left; }}
 thead th {{ color: var(--faint); font-weight: 600; font-size: 0.84rem; }}
 tbody tr:last-child td {{ border-bottom: 0; }}
+td:nth-child(2):last-child {{ white-space: normal; overflow-wrap: anywhere; }}
 figure {{ margin: 14px 0 4px; }}
 figure img {{ width: 100%; height: auto; display: block; border-radius: 6px; }}
 details {{ margin-top: 12px; }}

@@ -21,10 +21,18 @@ class Theme:
     accent: str
     bands: tuple[str, str]  # alternating stage backgrounds
     cells: str  # matplotlib colour map of heat maps
+    ramp: tuple[float, float]  # part of a dark-to-light colour map that stands out from the background
 
     def of(self, plan: str) -> str:
         """Colour of a plan: `full`, `moba`, or the accent for anything else."""
         return {"full": self.full, "moba": self.moba}.get(plan, self.accent)
+
+    def series(self, colours: str, number: int, count: int) -> Any:
+        """Colour `number` of `count` along the matplotlib colour map `colours`."""
+        from matplotlib import colormaps
+
+        low, high = self.ramp
+        return colormaps[colours](low + (high - low) * number / max(count - 1, 1))
 
     def settings(self) -> dict[str, Any]:
         """For `matplotlib.rc_context`."""
@@ -70,6 +78,7 @@ LIGHT = Theme(
     accent="#5b6472",
     bands=("#f4f6fa", "#ffffff"),
     cells="YlGnBu",
+    ramp=(0.1, 0.72),
 )
 DARK = Theme(
     name="dark",
@@ -83,4 +92,5 @@ DARK = Theme(
     accent="#b4bcc9",
     bands=("#1e2532", "#171c26"),
     cells="viridis",
+    ramp=(0.42, 0.95),
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -14,8 +15,13 @@ from rich.table import Table
 T = TypeVar("T")
 
 
+def _console() -> Console:
+    """Into files and pipes as wide as the tables need: no digit is cut off."""
+    return Console(width=None if sys.stdout.isatty() else 160)
+
+
 def say(line: str) -> None:
-    Console().print(escape(line), soft_wrap=True)
+    _console().print(escape(line), soft_wrap=True)
 
 
 class Reporter:
@@ -50,9 +56,9 @@ def progress() -> Iterator[Reporter]:
 def show(suite: str, result: dict[str, Any]) -> None:
     """Print the table of a suite's result."""
     makers = {"loss": _loss, "ruler": _ruler, "needle": _needle, "gate": _gate, "lm_eval": _harness}
-    Console().print(makers[suite](result))
+    _console().print(makers[suite](result))
     if suite == "gate" and result["grid"]:
-        Console().print(_gate_grid(result))
+        _console().print(_gate_grid(result))
 
 
 def _estimate(value: dict[str, Any]) -> str:
