@@ -13,6 +13,8 @@ kill at any moment leaves a `.tmp-` folder, which the next save removes, and the
 
 from __future__ import annotations
 
+import os
+import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -134,10 +136,12 @@ def _write(folder: Path, shards: list[Shard]) -> Entries:
 
 
 def in_background(work: Callable[[], T]) -> Future[T]:
-    """`work()` in a thread that does not keep a failing process alive."""
+    """`work()` in a thread that does not keep a failing process alive, and gives way to training."""
     future: Future[T] = Future()
 
     def run() -> None:
+        if sys.platform == "linux":  # where this is of the thread alone
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), os.getpriority(os.PRIO_PROCESS, 0) + 10)
         try:
             future.set_result(work())
         except BaseException as error:

@@ -78,6 +78,18 @@ def stream(rank: int, world: int, start: int) -> Iterator[tuple[list[Batch], dic
         yield [rows_of(batch, slice(row, row + 1)) for row in rows], {"stage_step": step + 1}
 
 
+def endless_stream(stage: StageConfig, vocab_size: int, mesh: Any) -> Iterator[tuple[list[Batch], dict[str, Any]]]:
+    """Random rows of one document each, this rank's share in one micro-batch."""
+    draw, rows, step = torch.Generator().manual_seed(mesh.rank), stage.global_batch // mesh.world, 0
+    positions = torch.arange(stage.seq_len).repeat(rows, 1)
+    borders, longest = cu_seqlens_of(positions.numpy())
+    while True:
+        ids = torch.randint(0, vocab_size, (rows, stage.seq_len + 1), generator=draw)
+        batch = Batch(ids[:, :-1].contiguous(), ids[:, 1:].clone(), positions, torch.from_numpy(borders), longest)
+        step += 1
+        yield [batch], {"stage_step": step}
+
+
 def make_run(config: TrainConfig, load: str = "", save: str = "") -> Any:
     """A `Run` on synthetic batches, from checkpoint `load` or from scratch, saving under `save`."""
     from train.checkpoint import read_state, save_checkpoint
