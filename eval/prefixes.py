@@ -48,13 +48,25 @@ class Prefixes:
             cache.begin_with(shared, self.stored, kept)
 
     def keep(self, cache: KVCache, ids_RS: Tensor) -> None:
-        """After a prefill: remember its first prompt."""
+        """After a prefill: remember its first prompt, if a row more fits beside the most memory used so far."""
+        held = sum(x.nbytes for x in (*self.stored.keys, *self.stored.values)) if self.stored else 0
         self.clear(self.owner)
+        row = sum(x[0, : cache.lengths[0]].nbytes for x in (*cache.keys, *cache.values))
+        if row > held + _room(cache.keys[0].device):
+            return
         self.tokens, self.stored = ids_RS[0, : cache.lengths[0]].clone(), cache.prefix()
 
     def clear(self, owner: str = "") -> None:
         """Give the memory back."""
         self.owner, self.tokens, self.stored = owner, None, None
+
+
+def _room(device: torch.device) -> float:
+    """Bytes that were never in use, less what fragmentation may take."""
+    if device.type != "cuda":
+        return float("inf")
+    total = torch.cuda.get_device_properties(device).total_memory
+    return 0.95 * total - torch.cuda.max_memory_reserved(device)
 
 
 def _common(a_RS: Tensor, b_RS: Tensor, width: int) -> int:

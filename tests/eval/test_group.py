@@ -67,6 +67,22 @@ def _assert_alike(a: Any, b: Any, where: str) -> None:
         assert a == b, where
 
 
+@pytest.mark.slow
+def test_the_command_starts_the_processes(small: Small, tmp_path: Path) -> None:
+    asked = [
+        "eval",
+        f"checkpoint={small.hf}",
+        f"dataset={small.data}",
+        "suite=loss",
+        "loss.seq_len=128",
+        "device=cpu",
+    ]
+    assert main([*asked, "loss.tokens=1024", f"out={tmp_path / 'one'}"]) == 0
+    assert main([*asked, "loss.tokens=1024", f"out={tmp_path / 'two'}", "sequence_parallel=2"]) == 0
+    _assert_alike(jobs.results_of(str(tmp_path / "two")), jobs.results_of(str(tmp_path / "one")), "")
+    assert list((tmp_path / "two" / "logs").rglob("stderr.log"))  # of the second process
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [

@@ -122,6 +122,23 @@ def test_memory_is_given_back(model: CausalLM) -> None:
     assert prefixes.stored is None and prefixes.tokens is None
 
 
+def test_nothing_is_kept_where_memory_is_short(
+    model: CausalLM, run_tokens: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kinds: dict[str, Any] = {"max_new_tokens": 3, "eos_id": None, "share": "full"}
+    kinds |= {"prefill_plans": PLANS["full"], "decode_plans": PLANS["full"]}
+    row = 2 * 2 * 312 * 2 * 8 * 4  # k and v, layers, tokens, kv heads, head_dim, fp32
+    answers = []
+    for room in (row, row - 1):
+        monkeypatch.setattr("eval.prefixes._room", lambda device, room=room: room)
+        prefixes = Prefixes()
+        run_tokens.clear()
+        answers.append([generate(model, grid()[0][:1], prefixes=prefixes, **kinds) for _ in range(2)])
+        assert run_tokens == ([312, 1] if room == row else [312, 312])
+        assert (prefixes.stored is None) == (room < row)
+    assert answers[0] == answers[1]
+
+
 def test_a_key_convolution_shares_nothing() -> None:
     model, prefixes = model_of(3), Prefixes()
     kinds: dict[str, Any] = {
