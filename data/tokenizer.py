@@ -87,15 +87,27 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         return Tokenizer(_fast_from_sentencepiece(blob, str(path)), str(path), blob)
     if not path.is_dir():
         raise UserError(f"tokenizer {path}: no such folder or sentencepiece .model file")
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+    # AutoTokenizer passes over what the folder says for some model types (qwen2), and builds another tokenizer.
+    plain = _tokenizer_class(path) in ("PreTrainedTokenizerFast", "TokenizersBackend")
+    loader = PreTrainedTokenizerFast if plain and (path / "tokenizer.json").is_file() else AutoTokenizer
     try:
-        hf = AutoTokenizer.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
+        hf = loader.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
     except Exception as error:  # transformers raises many types; each means "this folder does not load"
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"tokenizer {path}: transformers cannot load it: {reason}") from error
     model_file = path / SENTENCEPIECE_FILE
     return Tokenizer(hf, str(path), model_file.read_bytes() if model_file.is_file() else None)
+
+
+def _tokenizer_class(folder: Path) -> str:
+    """What tokenizer_config.json names; empty if nothing."""
+    try:
+        found = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+        return str(found.get("tokenizer_class", ""))
+    except (OSError, ValueError, AttributeError):  # whatever is wrong with it, transformers says it better
+        return ""
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int, out: Path) -> Tokenizer:

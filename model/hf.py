@@ -7,7 +7,6 @@ Parameters carry the same names on both sides (`model.shapes`), so what is left 
 from __future__ import annotations
 
 import json
-import logging
 import os
 import shutil
 from collections.abc import Iterator
@@ -25,6 +24,7 @@ from conf.load import load_train_config
 from conf.paths import CheckpointPaths
 from conf.schema import ModelConfig, RopeConfig, TrainConfig
 from model.hf_config import check_family, read_config_json, to_config_json
+from model.hf_tokenizer import compare_tokenizers, copy_tokenizer
 from model.schedule import plan
 from model.shapes import HEAD, parameter_shapes
 from model.weights import TensorFiles, check_names, checkpoint_tensors, find_checkpoint
@@ -34,7 +34,6 @@ SHARD_BYTES = 5 * 10**9  # as transformers splits; one shard is held in memory w
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
-_log = logging.getLogger(__name__)
 
 
 class HfWeights:
@@ -82,10 +81,13 @@ def _tensor_paths(folder: Path) -> list[Path]:
     index = folder / _INDEX
     if index.is_file():
         try:
-            names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
-        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, AttributeError) as error:
+            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, AttributeError, TypeError) as error:
             raise UserError(f"{index} is damaged ({error!r}): copy it again") from error
-        return [folder / name for name in sorted(set(names))]
+        outside = [name for name in names if not isinstance(name, str) or Path(name).name != name]
+        if outside:
+            raise UserError(f"{index} names {outside[0]!r}, which is no file of the folder: copy it again")
+        return [folder / name for name in names]
     if (folder / _SINGLE).is_file():
         return [folder / _SINGLE]
     pickles = any(folder.glob("*.bin"))
@@ -179,11 +181,13 @@ def write_hf(
     try:
         generation: dict[str, Any] = {"do_sample": False}
         if tokenizer is not None:
-            tokens = _copy_tokenizer(tokenizer, partial)
+            tokens = copy_tokenizer(tokenizer, partial)
             description, generation = {**description, **tokens}, {**generation, **tokens}
         _write_shards(expected, weights, partial, DTYPES[dtype], shard_bytes)
         _write_json(partial / "generation_config.json", generation)
         _write_json(partial / "config.json", description)
+        if tokenizer is not None:
+            compare_tokenizers(tokenizer, partial, out)
         for file in partial.iterdir():
             _sync(file)
         _sync(partial)
@@ -212,19 +216,6 @@ def _write_shards(
         weight_map |= dict.fromkeys(names, file)
     if len(shards) > 1:
         _write_json(out / _INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
-
-
-def _copy_tokenizer(source: Path, out: Path) -> dict[str, Any]:
-    """Copy a tokenizer folder; returns its bos and eos ids for the two configuration files."""
-    if not source.is_dir():
-        raise UserError(f"{source} does not exist: the checkpoint lacks its tokenizer")
-    for file in source.iterdir():
-        if file.is_file():
-            shutil.copyfile(file, out / file.name)
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(str(source), local_files_only=True)
-    return {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

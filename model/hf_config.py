@@ -151,7 +151,7 @@ def read_config_json(folder: Path) -> HfConfig:
     architectures = raw.get("architectures") or ([family.architecture] if family else [])
     if family is None or architectures != [family.architecture]:
         known = ", ".join(f.architecture for f in FAMILIES.values())
-        raise UserError(f"{path}: {architectures or name} is not supported: {known} are")
+        raise UserError(f"{path}: model_type={name} with {architectures} is not supported: {known} are")
     _check_options(raw, family, path)
     model = _model_config(raw, str(name), family, path)
     moba = raw.get("moba")
@@ -180,6 +180,8 @@ def _model_config(raw: dict[str, Any], name: str, family: Family, path: Path) ->
         if value is None:
             raise UserError(f"{path}: {key} is missing: copy the folder again")
         kind = {"norm_eps": float, "init_std": float, "tie_embeddings": bool}.get(ours, int)
+        if not isinstance(value, (int, float) if kind is float else kind) or (kind is int and value is True):
+            raise UserError(f"{path}: {key}={json.dumps(value)} is no {kind.__name__}: copy the folder again")
         values[ours] = kind(value)
     config = ModelConfig(family=name, qkv_bias=family.qkv_bias, qk_norm=family.qk_norm, **values)
     check_shapes(config)

@@ -10,11 +10,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from conf.errors import UserError
 from conf.load import save_config
 from conf.schema import AttentionConfig, ModelConfig, RopeConfig, StageConfig, TrainConfig
+from data.tokenizer import load_tokenizer, train_tokenizer
 from model.hf import export_hf, moba_settings, read_hf, write_hf
 from model.hf_config import read_config_json, to_config_json
 from model.schedule import full_plans
@@ -219,6 +220,11 @@ def edit_tensors(change: Callable[[dict[str, torch.Tensor]], object]) -> Callabl
     return apply
 
 
+def write_index(folder: Path, file: object) -> None:
+    weight_map = {"model.norm.weight": "model.safetensors", "lm_head.weight": file}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+
+
 BAD = {
     "architecture": (edit(architectures=["MixtralForCausalLM"], model_type="mixtral"), "MixtralForCausalLM"),
     "head": (edit(architectures=["LlamaForSequenceClassification"]), "LlamaForSequenceClassification"),
@@ -229,6 +235,11 @@ BAD = {
     "size": (edit(hidden_size="absent"), "hidden_size is missing"),
     "shape": (edit(intermediate_size=64), r"mlp.*shape \[.*the config says"),
     "heads": (edit(num_key_value_heads=3), "num_kv_heads"),
+    "no_number": (edit(hidden_size="many"), 'hidden_size="many" is no int'),
+    "no_size": (edit(num_hidden_layers=True), "num_hidden_layers=true is no int"),
+    "type": (edit(model_type="foo"), "model_type=foo"),
+    "index": (lambda folder: write_index(folder, 5), "index.json is damaged"),
+    "outside": (lambda folder: write_index(folder, "../x.safetensors"), "no file of the folder"),
     "rope": (edit(rope_parameters={"rope_type": "longrope"}, rope_scaling=None), "longrope"),
     "not_json": (lambda folder: (folder / "config.json").write_text("{"), "not JSON"),
     "no_config": (lambda folder: (folder / "config.json").unlink(), "config.json does not exist"),
@@ -297,3 +308,21 @@ def test_missing_keys_get_transformers_defaults(family: str, tmp_path: Path) -> 
     assert got.norm_eps == want.rms_norm_eps
     assert got.tie_embeddings == want.tie_word_embeddings
     assert read_config_json(tmp_path / "hf").rope.theta == want.rope_parameters["rope_theta"]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_tokenizer_that_transformers_reads_otherwise_is_told(
+    family: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Beside a config.json of qwen2, transformers takes Qwen2Tokenizer whatever the folder says; we do not."""
+    words, text = tmp_path / "words", "def f(x):\n        return x  # 12345"
+    trained = train_tokenizer([path.read_text() for path in Path(__file__).parent.glob("*.py")], 400, words)
+    out = write_folder(
+        tiny_model(tiny_config(family, vocab_size=400)), tmp_path / "hf", "float32", tokenizer=words
+    )
+    theirs = AutoTokenizer.from_pretrained(out)(text)["input_ids"]
+    told = [message for message in caplog.messages if "PreTrainedTokenizerFast.from_pretrained" in message]
+    assert bool(told) == (theirs != trained.encode(text)) == (family == "qwen2")
+    assert PreTrainedTokenizerFast.from_pretrained(out)(text)["input_ids"] == trained.encode(text)
+    again = load_tokenizer(out)
+    assert again.encode(text) == trained.encode(text) and again.fingerprint == trained.fingerprint
