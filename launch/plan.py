@@ -29,7 +29,7 @@ def resolve(overrides: Sequence[str]) -> PlanConfig:
 
 def run(config: PlanConfig) -> int:
     """Print one block per stage. Returns 0 if every stage fits, else 1."""
-    from launch.plan_fit import forecast, suggest
+    from launch.plan_fit import forecast, quicker, suggest
     from launch.plan_rates import measured_rates
 
     world = config.launch.nproc
@@ -42,7 +42,9 @@ def run(config: PlanConfig) -> int:
     for name in config.stages:
         found = forecast(config, name, gpu, rates)
         print_forecast(name, found)
-        if not found.fits:
+        if found.fits:
+            print_quicker(quicker(config, name, gpu, rates))
+        else:
             fits = False
             print_suggestion(suggest(config, name, gpu, rates))
     return 0 if fits else 1
@@ -84,8 +86,18 @@ def print_suggestion(found: tuple[list[str], Forecast] | None) -> None:
         console().print("  nothing that can be switched makes it fit: use more GPUs or a shorter seq_len")
         return
     changes, forecast = found
-    speed = f"{forecast.needed / GIB:.1f} GiB and {forecast.tokens / forecast.time.total:,.0f} tokens/s"
-    console().print(f"  would fit, at {speed}, with: [bold]{escape(' '.join(changes))}[/]")
+    console().print(f"  would fit, at {_speed(forecast)}, with: [bold]{escape(' '.join(changes))}[/]")
+
+
+def print_quicker(found: tuple[list[str], Forecast] | None) -> None:
+    """The memory switches that a stage does not need."""
+    if found is not None:
+        changes, forecast = found
+        console().print(f"  faster, at {_speed(forecast)}, with: [bold]{escape(' '.join(changes))}[/]")
+
+
+def _speed(forecast: Forecast) -> str:
+    return f"{forecast.needed / GIB:.1f} GiB and {forecast.tokens / forecast.time.total:,.0f} tokens/s"
 
 
 COMMAND = Command(
@@ -93,9 +105,9 @@ COMMAND = Command(
     summary="memory and time of a run on given GPUs, before it starts",
     text="""
 Prints for every stage of a recipe: memory per GPU by part, host memory, FLOPs and time of a step by part,
-tokens/s, and whether it fits. Where it does not, the fastest set of memory switches that would. Memory is counted
-tensor by tensor from the shapes; times use the rates measured in benchmarks/results where there are any. Nothing
-is started or written. Exit code 1 if a stage does not fit.
+tokens/s, and whether it fits. Where it does not, the fastest set of memory switches that would; where it does, the
+switches that only cost time. Memory is counted tensor by tensor from the shapes; times use the rates measured in
+benchmarks/results where there are any. Nothing is started or written. Exit code 1 if a stage does not fit.
 """,
     examples=(
         "moba plan recipe=quickstart",

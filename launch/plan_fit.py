@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from copy import deepcopy
 from dataclasses import dataclass, replace
 
@@ -64,8 +64,22 @@ def forecast(config: PlanConfig, stage: str, gpu: Gpu, rates: Rates) -> Forecast
 def suggest(config: PlanConfig, stage: str, gpu: Gpu, rates: Rates) -> tuple[list[str], Forecast] | None:
     """The settings to change for the stage to fit at the highest speed, and its forecast; None: nothing fits."""
     job = heaviest(config, stage, config.launch.nproc)
+    return _fastest(config, stage, job, _choices(config, job), gpu, rates)
+
+
+def quicker(config: PlanConfig, stage: str, gpu: Gpu, rates: Rates) -> tuple[list[str], Forecast] | None:
+    """For a stage that fits: switches to take back because memory is left, and its forecast; None: all needed."""
+    job = heaviest(config, stage, config.launch.nproc)
+    found = _fastest(config, stage, job, _relaxed(config.engine, job), gpu, rates)
+    return found if found is not None and found[0] else None
+
+
+def _fastest(
+    config: PlanConfig, stage: str, job: Job, choices: Iterable[tuple[EngineConfig, int]], gpu: Gpu, rates: Rates
+) -> tuple[list[str], Forecast] | None:
+    """Of the choices that fit; each changed setting must be worth it."""
     best: tuple[float, list[str], Forecast] | None = None
-    for engine, parallel in _choices(config, job):
+    for engine, parallel in choices:
         changed = deepcopy(config)
         changed.engine, changed.mesh.sequence_parallel = engine, parallel
         found = _forecast(changed, stage, replace(with_engine(job, engine), parallel=parallel), gpu, rates)
@@ -113,6 +127,26 @@ def _choices(config: PlanConfig, job: Job) -> Iterator[tuple[EngineConfig, int]]
             offload_optimizer=optimizer, offload_param=params,
         )  # fmt: skip
         yield engine, size
+
+
+def _relaxed(now: EngineConfig, job: Job) -> Iterator[tuple[EngineConfig, int]]:
+    """Every combination of memory switches that is at most as sparing as `now`, which is one of them."""
+    checkpointing = ["none", "selective", "full"]
+    for keep, offload, tile, optimizer, params, loss in itertools.product(
+        checkpointing[: checkpointing.index(now.checkpointing) + 1],
+        {False, now.offload_checkpoints},
+        {0, now.mlp_tile},
+        {False, now.offload_optimizer},
+        {False, now.offload_param},
+        {"auto", now.loss},
+    ):
+        if offload and keep == "none":
+            continue
+        engine = replace(
+            now, checkpointing=keep, offload_checkpoints=offload, mlp_tile=tile, offload_optimizer=optimizer,
+            offload_param=params, loss=loss,
+        )  # fmt: skip
+        yield engine, job.parallel
 
 
 def _shares(job: Job, size: int) -> bool:

@@ -11,7 +11,7 @@ from conf.gpus import GIB, gpu_named, gpu_of_device
 from conf.schema import PlanConfig
 from launch.cli import main
 from launch.plan import resolve
-from launch.plan_fit import forecast, suggest
+from launch.plan_fit import forecast, quicker, suggest
 from launch.plan_rates import measured_rates
 from launch.step_report import merged, print_table
 from model.step_time import Rates
@@ -46,6 +46,23 @@ def test_suggestion_minds_host_memory_and_knows_when_to_give_up() -> None:
     found = suggest(long_stage(1_048_576, "host_gib=100"), "long", gpu, Rates())
     assert found is not None and found[1].host <= 100 * GIB
     assert suggest(long_stage(64 * 1_048_576), "long", gpu, Rates()) is None
+
+
+def test_switches_that_nothing_needs_are_named(capsys: pytest.CaptureFixture[str]) -> None:
+    """At 8K all activations of this shape fit; at 128K some recomputation stays."""
+    gpu = gpu_named("h200")
+    sparing = ("engine.checkpointing=full", "engine.offload_checkpoints=true", "engine.mlp_tile=4096")
+    found = quicker(long_stage(8192, *sparing), "long", gpu, Rates())
+    assert found is not None
+    changes, later = found
+    assert "engine.checkpointing=none" in changes and later.fits
+    assert later.time.total < forecast(long_stage(8192, *sparing), "long", gpu, Rates()).time.total
+    assert quicker(long_stage(8192), "long", gpu, Rates()) is None
+    long = quicker(long_stage(131_072, *sparing), "long", gpu, Rates())
+    assert long is not None and long[1].fits and "engine.mlp_tile=0" not in long[0]
+    sizes = ["stages.long.seq_len=8192", "stages.long.tokens=32768", "stages.long.global_batch=1"]
+    assert main(["plan", *RECIPE, "~stages.short", "~stages.full", *sizes, *sparing]) == 0
+    assert "faster, at" in capsys.readouterr().out
 
 
 def test_more_gpus_share_a_sequence() -> None:
