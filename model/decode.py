@@ -94,7 +94,7 @@ def _full(q_RhGD: Tensor, cache: KVCache, layer: int) -> Tensor:
 
 
 def runs_compiled(q_RHD: Tensor, num_kv_heads: int) -> bool:
-    """Whether full attention of these decoded tokens, of which only shape and type count, runs on our kernels."""
+    """Whether decoded tokens like these, of which only shape and type count, run on our kernels."""
     if q_RHD.device.type != "cuda" or find_spec("triton") is None:
         return False
     from model import triton_decode
@@ -105,6 +105,13 @@ def runs_compiled(q_RHD: Tensor, num_kv_heads: int) -> bool:
 def _moba(q_RhGD: Tensor, cache: KVCache, layer: int, layer_plan: LayerPlan) -> Tensor:
     blocks, chosen = _choose(q_RhGD, cache, layer, layer_plan)  # [R, h, G, topk] each
     keys, values = cache.keys[layer], cache.values[layer]
+    q_RHD = q_RhGD.flatten(1, 2)
+    if runs_compiled(q_RHD, keys.shape[2]):
+        from model import triton_decode_blocks
+
+        ids_RHK = torch.where(chosen, blocks, -1).int().flatten(1, 2)
+        size, last_R = layer_plan.block_size, cache.lengths_R
+        return triton_decode_blocks.attend(q_RHD, keys, values, last_R, ids_RHK, size).view_as(q_RhGD)
     offsets = torch.arange(layer_plan.block_size, device=q_RhGD.device)
     rows = torch.arange(keys.shape[0], device=q_RhGD.device)[:, None, None]
     heads = torch.arange(keys.shape[2], device=q_RhGD.device)[None, :, None]

@@ -149,7 +149,7 @@ def attend(
     if G > _ROWS:
         raise ValueError(f"{G} query heads per key head: at most {_ROWS}")
     device = q_RHD.device
-    splits = num_splits(R * Hkv, L, _multiprocessors(device), tile)
+    splits = num_splits(R * Hkv, L, multiprocessors(device), tile)
     part = torch.empty((R, Hkv, splits, G, D), dtype=torch.float32, device=device)
     lse = torch.empty((R, Hkv, splits, G), dtype=torch.float32, device=device)
     out = torch.empty((R, H, D), dtype=q_RHD.dtype, device=device)
@@ -172,8 +172,17 @@ def attend(
         num_warps=tile.warps,
         num_stages=tile.stages,
     )
-    _merge_kernel[(R * H,)](part, lse, out, splits, G=G, SPLITS=common.next_power_of_two(splits), D=D, num_warps=4)
-    return out
+    return merge(part, lse, out)
+
+
+def merge(part: Tensor, lse: Tensor, out_RHD: Tensor) -> Tensor:
+    """Fills `out_RHD` from fp32 partial results [R, H / G, N, G, D] and their lse [R, H / G, N, G], base 2, in a
+    fixed order; -inf stands for no key."""
+    splits, group = part.shape[2:4]
+    rows, heads, dim = out_RHD.shape
+    padded = common.next_power_of_two(splits)
+    _merge_kernel[(rows * heads,)](part, lse, out_RHD, splits, G=group, SPLITS=padded, D=dim, num_warps=4)
+    return out_RHD
 
 
 def num_splits(groups: int, capacity: int, multiprocessors: int, tile: Split) -> int:
@@ -183,7 +192,8 @@ def num_splits(groups: int, capacity: int, multiprocessors: int, tile: Split) ->
 
 
 @functools.cache
-def _multiprocessors(device: torch.device) -> int:
+def multiprocessors(device: torch.device) -> int:
+    """Of a GPU; a few for the interpreter."""
     if device.type != "cuda":
-        return 4  # the interpreter
+        return 4
     return int(torch.cuda.get_device_properties(device).multi_processor_count)

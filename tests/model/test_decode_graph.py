@@ -69,3 +69,18 @@ def test_a_graph_gives_the_same_logits() -> None:
     assert cache.lengths == plain.lengths == cache.lengths_R.tolist()
     with pytest.raises(ValueError, match="max_new_tokens"):
         decode(token)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_moba_steps_equal_the_portable_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, token = gpu_model(), torch.tensor([[1], [2]], device="cuda")
+    plans = (LayerPlan("moba", 16, 2), LayerPlan("moba", 16, 2, "window"))
+    ours, portable = prefilled(model, 20), prefilled(model, 20)
+    for _ in range(20):
+        logits = model.decode(token, ours, plans)
+        with monkeypatch.context() as patch:
+            patch.setattr("model.decode.runs_compiled", lambda *_: False)
+            expected = model.decode(token, portable, plans)
+        torch.testing.assert_close(logits, expected, atol=3e-2, rtol=3e-2)
+        token = expected.argmax(-1)[:, None]
