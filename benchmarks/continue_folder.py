@@ -5,9 +5,10 @@
 
 Random weights and a small tokenizer are saved by transformers. `moba train recipe=extend_to_32k init.hf=FOLDER`
 runs twice side by side: once to its last step, once with a SIGKILL behind its first checkpoint and the same
-command again. All rows of metrics must be equal: on a GPU MoBA stays on in every layer, since cuDNN's backward of
-full attention is not deterministic. The export is loaded by transformers with full attention and with
-attn_implementation="moba" and compared with the model here. Exit code 1 if something differs.
+command again. All rows of metrics must be equal; on a GPU MoBA stays on in every layer for this, since the
+backward of full attention is not promised to be deterministic there. The export is loaded by transformers with
+full attention and with attn_implementation="moba" and compared with the model here. Exit code 1 if something
+differs.
 """
 
 from __future__ import annotations
