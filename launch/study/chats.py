@@ -23,7 +23,7 @@ Message = dict[str, str]
 
 
 def write_chats(corpus: Path, out: Path, chars: int, heldout: float, most: int) -> int:
-    """One conversation of at most `chars` characters a line; about `most`, from all over the documents of `corpus`.
+    """One conversation of at most `chars` characters a line, about `most` from all over `corpus`.
 
     A conversation stands on a line whose name hashes into the split of its document: what is held out of the text
     is held out of the conversations too, and nothing else.
@@ -86,7 +86,7 @@ def turns(source: str) -> Iterator[tuple[str, str]]:
         body = "".join(lines[start:end])
         if start <= max(done, node.lineno - 1) or number % EVERY or _CONTROL.search(source):
             continue
-        if SHORTEST <= len(body.strip()) and len(body) <= LONGEST:
+        if len(body.strip()) >= SHORTEST and len(body) <= LONGEST:
             yield "".join(lines[done:start]), body
             done = end
     yield "".join(lines[done:]), ""

@@ -24,7 +24,9 @@ def run(config: StudyConfig) -> int:
         out = console()
         for name in plan_names():
             plan = load_plan(name)
-            out.print(f"[bold]{name}[/]  {plan.title} (MoBA report, {plan.paper}); scales: {', '.join(plan.scales)}")
+            out.print(
+                f"[bold]{name}[/]  {plan.title} (MoBA report, {plan.paper}); scales: {', '.join(plan.scales)}"
+            )
         return 0
     from launch.study.run import run as run_study
 
@@ -36,8 +38,8 @@ COMMAND = Command(
     summary="repeat a claim of the paper on small models: arms, seeds, measurements, a page",
     text="""
 moba study list shows the plans. A plan (conf/study/NAME.yaml) names arms, seeds, what is expected and, by scale,
-all sizes. Every arm is an ordinary run; finished arms are not repeated, so the same command goes on where it ended.
-Writes arms/*.json, plots and README.md into `out`. Text is what Python and this system have here, or text=[FOLDER].
+all sizes. Every arm is an ordinary run; finished arms are not repeated: the same command goes on where it ended.
+Writes arms/*.json, plots and README.md into `out`. The text is what Python and this system have, or text=[FOLDER].
 """,
     examples=(
         "moba study list",

@@ -50,7 +50,9 @@ def default_roots() -> list[Path]:
     return [path for path in [*dict.fromkeys(found), Path("/usr/share/doc")] if path.is_dir()]
 
 
-def build_corpus(out: Path, roots: Iterable[Path], max_chars: int, sizes: Sizes = (LONG, MEDIUM)) -> dict[str, object]:
+def build_corpus(
+    out: Path, roots: Iterable[Path], max_chars: int, sizes: Sizes = (LONG, MEDIUM)
+) -> dict[str, object]:
     """Write the documents of `roots` below `out`, one folder each; returns what `OUT-about.json` says.
 
     Raises:
@@ -81,7 +83,8 @@ def build_corpus(out: Path, roots: Iterable[Path], max_chars: int, sizes: Sizes 
     building.rename(out)
     about = {
         "roots": [str(root) for root in roots], "files": kept.files, "chars": kept.chars, "documents": documents,
-        "sizes": list(sizes), "left_out": kept.left_out, "near_duplicate": f"more than {SEEN:.0%} of {SHINGLE}-line shingles seen before",
+        "sizes": list(sizes), "left_out": kept.left_out,
+        "near_duplicate": f"more than {SEEN:.0%} of {SHINGLE}-line shingles seen before",
     }  # fmt: skip
     write_json(out.with_name(f"{out.name}-{ABOUT}"), about)
     return about

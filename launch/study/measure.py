@@ -31,7 +31,7 @@ Json = dict[str, Any]
 
 
 def measure(run: Path, losses: Sequence[LossAt], tasks: Sequence[Sequence[str]], sets: dict[str, Path]) -> Json:
-    """Load the newest checkpoint of `run` and measure it under full attention and under its own MoBA, if it has any.
+    """Load the newest checkpoint of `run` and measure it under full attention and its own MoBA, if any.
 
     Args:
         losses: with numbers in their text fields.
@@ -89,7 +89,7 @@ def _ratio(line: torch.Tensor) -> float | None:
 
 
 def _tasks(loaded: Loaded, plans: dict[str, Any], overrides: list[str], run: Path) -> Json:
-    """Scores of RULER tasks or of the needle grid, in percent. A failure is kept in their place: the losses stand."""
+    """Scores of RULER tasks or of the needle grid, in percent. A failure is kept in their place."""
     try:
         with tempfile.TemporaryDirectory() as folder:
             config = compose("eval", [f"checkpoint={run}", f"out={folder}", *overrides])

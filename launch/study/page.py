@@ -1,4 +1,166 @@
-"""The page of a study."""
+"""The page of a study: what was asked, expected, run and found, with every finished arm and its errors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
 from pathlib import Path
-def write_page(plan, config, places):
-    return places.out
+from typing import Any
+
+from conf.schema import ModelConfig, StudyConfig
+from eval.files import write_atomic
+from launch.study.pictures import Arms, draw_all
+from launch.study.places import Places
+from launch.study.plan import Group, Plan, arms_of
+from launch.study.stats import (
+    Json,
+    baseline_of,
+    by_choice,
+    difference,
+    mean_of,
+    own_plan,
+    plan_difference,
+    read_results,
+)
+
+
+def write_page(plan: Plan, config: StudyConfig, places: Places) -> Path:
+    """Plots and README.md in `places.out`, from the results that are there. Returns the page's path."""
+    results = read_results(places.out)
+    pictures = draw_all(config.name, plan, results, places.out)
+    parts = [
+        f"# {plan.title}",
+        f"*Study `{config.name}`; MoBA report (arXiv 2502.13189), {plan.paper}.*",
+        plan.question,
+    ]
+    parts += ["## Expected", plan.expected]
+    if plan.expected_later:
+        parts.append(plan.expected_later)
+    parts += ["## What came out"]
+    if plan.found and config.scale != "tiny":
+        parts.append(plan.found)
+    if plan.timed:
+        from launch.study.speed_page import speed_parts
+
+        parts += speed_parts(places.out)
+    for name, group in plan.groups.items():
+        parts += _group_parts(name, group, by_choice(results, name, group))
+    parts += [f"![{Path(file).stem}]({file})" for file in pictures]
+    if not plan.timed:
+        parts += ["## What was run", _run_text(plan, config, results), _arms_table(results)]
+    parts += ["## What differs from the paper", plan.differs, "## Again, at any size", _again(plan, config)]
+    path = places.out / "README.md"
+    write_atomic(path, ("\n\n".join(part.strip() for part in parts if part.strip()) + "\n").encode())
+    return path
+
+
+def _group_parts(name: str, group: Group, arms: Arms) -> list[str]:
+    """A table per length: means of the arms, and differences to the baseline."""
+    parts: list[str] = []
+    if not arms:
+        return parts
+    some = next(iter(next(iter(arms.values())).values()))
+    for at, place in enumerate(some["losses"]):
+        what = "answers of held-out conversations" if place["set"] == "chat" else "held-out documents"
+        head = f"**{name}**: first {place['seq_len']:,} tokens of {len(place['documents'])} {what}"
+        rows = []
+        for key, seeds in arms.items():
+            row = [" ".join(key) or name, str(len(seeds)), mean_of(seeds, at, "loss").text]
+            row.append(mean_of(seeds, at, "trailing").text)
+            base = baseline_of(group, key)
+            gaps = [difference(seeds, arms.get(base, {}), at, w) if base else None for w in ("loss", "trailing")]
+            gaps.append(plan_difference(seeds, at, "loss"))
+            rows.append([*row, *("" if gap is None else _gap_text(gap) for gap in gaps)])
+        titles = ["arm", "seeds", "loss", f"last {place['trailing']:,} tokens"]
+        minus = f"minus {group.baseline.partition('=')[2]}"
+        if group.baseline:
+            titles += [f"loss, {minus}", f"last {place['trailing']:,}, {minus}", "same weights: MoBA minus full"]
+        parts += [head, _table(titles, [row[: len(titles)] for row in rows])]
+    parts += _task_parts(arms)
+    return parts
+
+
+def _gap_text(gap: Any) -> str:
+    return gap.signed + ("; one seed" if gap.seeds is None else "" if gap.resolved else "; not resolved")
+
+
+def _task_parts(arms: Arms) -> list[str]:
+    rows = []
+    for key, seeds in arms.items():
+        for seed, result in sorted(seeds.items()):
+            for task in result["tasks"]:
+                if "error" in task:
+                    rows.append([" ".join(key), str(seed), task["suite"], f"failed: {task['error']}"])
+                elif task["suite"] == "needle":
+                    for name, grid in task["grids"].items():
+                        cells = "; ".join(
+                            f"{length:,}: " + "/".join(f"{line[i]:.0f}" for line in grid)
+                            for i, length in enumerate(task["lengths"])
+                        )
+                        rows.append([" ".join(key), str(seed), f"needle, {name} (by depth)", cells])
+                else:
+                    for name, plan in task["plans"].items():
+                        cells = "; ".join(f"{n}: {v['scores']}" for n, v in plan["lengths"].items())
+                        rows.append([" ".join(key), str(seed), f"RULER, {name}", cells])
+    return [_table(["arm", "seed", "task", "percent"], rows)] if rows else []
+
+
+def _run_text(plan: Plan, config: StudyConfig, results: Sequence[Json]) -> str:
+    """Machines, commits and seeds; which arms of the plan are missing."""
+    if not results:
+        return "Nothing yet."
+    done = {result["arm"] for result in results}
+    planned = {arm.name for arm in arms_of(plan, StudyConfig(name=config.name, scale=config.scale))}
+    facts = [result["environment"] for result in results]
+    places = ", ".join(sorted({f"{one['gpu']}, torch {one['torch']}" for one in facts}))
+    commits = ", ".join(sorted({f"`{one['commit'][:7]}`" for one in facts}))
+    missing = sorted(planned - done)
+    dates = ", ".join(sorted({one["date"] for one in facts}))
+    text = (
+        f"{len(done)} arms on {places}; commits {commits}; {dates}. Every arm that finished is below. Errors behind "
+        "± of a mean are standard errors over seeds; differences are taken document by document. Tokens are those of "
+        "the arm's own training, its start not counted. Device seconds are the sum of the steps; arms of a study that "
+        "ran side by side (column), and studies that ran at the same time, shared the GPU: their seconds compare with "
+        "nothing."
+    )
+    return text + (f" Planned and not run, for lack of device time: {', '.join(missing)}." if missing else "")
+
+
+def _arms_table(results: Sequence[Json]) -> str:
+    from model.shapes import num_parameters
+
+    rows = []
+    for result in results:
+        steps = result["train"]["steps"]
+        seconds = "; ".join(f"{stage} {value:.1f}" for stage, value in result["train"]["step_seconds"].items())
+        plans = "; ".join(dict.fromkeys(f"{text} @ {result['train']['stages'][stage]['seq_len']:,}"
+                                        for stage, text in result["train"]["plans"]))  # fmt: skip
+        loss = "–"
+        if result.get("losses"):
+            mean = mean_of({0: result}, len(result["losses"]) - 1, "loss").value
+            loss = f"{mean:.4f} ({own_plan(result)})"
+        parameters = num_parameters(ModelConfig(**result["model"]))
+        rows.append([f"`{result['arm']}`", f"{parameters / 1e6:.1f}M", result["starts"] or "fresh",
+                     plans, f"{steps[-1][0] / 1e6:.2f}M", f"{steps[-1][1]:.3f}", loss, seconds,
+                     str(result["workers"])])  # fmt: skip
+    titles = ["arm", "parameters", "start", "attention @ length", "tokens", "last step's loss", "held-out loss"]
+    return _table([*titles, "device seconds", "side by side"], rows)
+
+
+def _table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = ["| " + " | ".join(titles) + " |", "|" + "---|" * len(titles)]
+    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
+
+
+def _again(plan: Plan, config: StudyConfig) -> str:
+    name = config.name
+    if plan.timed:
+        return f"```bash\nmoba study {name} scale=h200   # on a Hopper GPU; elsewhere what is stored is shown\n```"
+    return (
+        f"```bash\nmoba study {name}                       # scale tiny: a CPU, a minute or two\n"
+        f"moba study {name} scale=h200 workers=3   # this page: one H200, minutes\n"
+        f"make study-{name} SCALE=h200\n```\n\n"
+        f"Another size is another entry under `scales` in [the plan](../../../conf/study/{name}.yaml): "
+        "lengths, blocks, tokens, model shapes, seeds. `text=[FOLDER]` takes other text, `set=['KEY=VALUE']` changes "
+        "any key of `moba train` in every arm, `joined=false` starts each arm with `moba train` and its `launch.*`. "
+        "Raw results: `arms/*.json` beside this page."
+    )

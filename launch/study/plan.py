@@ -1,9 +1,10 @@
 """A study's plan: conf/study/NAME.yaml read into arms, each the overrides of one `moba train`.
 
-A plan has groups of arms, run in order. A group's arms are the product of its axes and of the scale's seeds; `starts`
-names the arm, without its seed, that an arm starts from, with `{axis}` for its own choice on that axis. `{name}` in an override is a value
-of the scale, and an override that is `@name` alone stands for a list of the scale. A plan with `base: true` has the
-groups and values of conf/study/_base.yaml too; its own come first where both have one.
+A plan has groups of arms, run in order. A group's arms are the product of its axes and of the scale's seeds.
+`starts` names the arm, without its seed, that an arm starts from, with `{axis}` for its own choice on that axis.
+`{name}` in an override is a value of the scale, and an override that is `@name` alone stands for a list of the
+scale. A plan with `base: true` has the groups and values of conf/study/_base.yaml too; its own come first where
+both have one.
 """
 
 from __future__ import annotations
@@ -44,6 +45,7 @@ class Group:
     overrides: list[str] = field(default_factory=list)
     axes: dict[str, dict[str, list[str]]] = field(default_factory=dict)
     starts: str = ""
+    baseline: str = ""  # axis=choice that the others are compared with
     first_seed_only: bool = False
     losses: list[LossAt] = field(default_factory=list)
     tasks: list[str] = field(default_factory=list)  # overrides of `moba eval suite=ruler|needle`, a line each
@@ -142,7 +144,9 @@ def _group_arms(
 ) -> list[Arm]:
     arms = []
     only = set(values.get("choices", ()))  # of the axes that have any of them
-    axes = [[item for item in own.items() if item[0] in only or not only & set(own)] for own in group.axes.values()]
+    axes = [
+        [item for item in own.items() if item[0] in only or not only & set(own)] for own in group.axes.values()
+    ]
     for picked in itertools.product(*axes):
         choices = dict(zip(group.axes, (choice for choice, _ in picked), strict=True))
         lines = [*group.overrides, *(line for _, own in picked for line in own), f"seed={seed}"]

@@ -18,7 +18,9 @@ def ensure_sets(plan: Plan, config: StudyConfig, places: Places, values: dict[st
     from data.manifest import MANIFEST_FILE
 
     needed = [name for group in plan.groups.values() for name in used_sets(group)]
-    missing = [name for name in dict.fromkeys(["text", *needed]) if not (places.data / name / MANIFEST_FILE).is_file()]
+    missing = [
+        name for name in dict.fromkeys(["text", *needed]) if not (places.data / name / MANIFEST_FILE).is_file()
+    ]
     if not missing:
         return
     from data.prepare import prepare

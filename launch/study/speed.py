@@ -1,4 +1,4 @@
-"""The study of speed: attention at a fixed share of blocks, MoBA and dense in one process, each row checked first."""
+"""The study of speed: attention at a fixed share of blocks, MoBA and dense in one process, each row checked."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Runs arms of a study in this process: `python -m launch.study.worker REQUEST_JSON`, started by `launch.study.run`.
+"""Runs arms of a study in this process: `python -m launch.study.worker REQUEST`, started by `launch.study.run`.
 
-Each arm is an ordinary run: composed, checked, prepared and trained by `launch.train` and `train.run`, only without
-a new process per stage. Several workers share the arms by locks; an arm whose result exists is not repeated.
+Each arm is an ordinary run: composed, checked, prepared and trained by `launch.train` and `train.run`, without a new
+process per stage. Several workers share the arms by locks; an arm whose result exists is not repeated.
 """
 
 from __future__ import annotations
@@ -70,9 +70,7 @@ def _may_come(left: list[Arm], failed: set[str]) -> bool:
     return any(arm.starts not in failed for arm in left)
 
 
-def run_arm(
-    arm: Arm, plan: Plan, config: StudyConfig, places: Places, start: Start | None = None
-) -> None:
+def run_arm(arm: Arm, plan: Plan, config: StudyConfig, places: Places, start: Start | None = None) -> None:
     """Train, measure, and write the result; the run folder's checkpoint goes when nothing starts from it."""
     from eval.bench.environment import environment
     from eval.files import read_lines, write_atomic
@@ -172,10 +170,15 @@ def main(arguments: list[str] | None = None) -> int:
     request = json.loads(Path((sys.argv[1:] if arguments is None else arguments)[0]).read_text(encoding="utf-8"))
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
-        return work(StudyConfig(**request["config"]), request["deadline"] or float("inf"))
+        code = work(StudyConfig(**request["config"]), request["deadline"] or float("inf"))
     except UserError as error:
         complain(str(error))
-        return EXIT_USER_ERROR
+        code = EXIT_USER_ERROR
+    import torch
+
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+    return code
 
 
 if __name__ == "__main__":

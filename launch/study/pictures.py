@@ -1,0 +1,214 @@
+"""The plots of the studies, one light PNG each: what was measured, with its errors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from conf.schema import ModelConfig
+from eval.files import write_atomic
+from eval.plots import canvas, png_of
+from eval.powerlaw import fit_power_law
+from eval.style import LIGHT
+from launch.study.plan import Plan
+from launch.study.stats import Json, Key, by_choice, difference, mean_curve, mean_of
+
+COLOURS = {"full": LIGHT.full, "moba": LIGHT.moba, "hybrid": "#2f8f5b"}
+Arms = dict[Key, dict[int, Json]]
+
+
+def draw_all(name: str, plan: Plan, results: Sequence[Json], out: Path) -> list[str]:
+    """Draw what the results allow into `out`; the names of the files."""
+    drawn: list[str] = []
+
+    def save(file: str, width: float, height: float, draw: Callable[[Any], bool]) -> None:
+        with canvas(LIGHT, width, height) as figure:
+            if draw(figure):
+                write_atomic(out / file, png_of(figure))
+                drawn.append(file)
+
+    for group, described in plan.groups.items():
+        arms = by_choice(results, group, described)
+        if not arms or group in ("base", "start", "moba"):
+            continue
+        if name == "parity":
+            save(f"compute-{group}.png", 8.4, 3.5, partial(_compute, arms=arms))
+            save(f"position-{group}.png", 8.4, 3.5, partial(_by_size, arms=arms))
+        if name in ("trailing", "extension"):
+            save(f"position-{group}.png", 8.4, 3.5, partial(_position, arms=arms))
+        if name == "trailing":
+            save(f"switch-{group}.png", 8.4, 3.2, partial(_switch, arms=arms))
+        if name == "granularity":
+            save("blocks.png", 8.4, 3.5, partial(_by_choice, arms=arms, base=("full",), label="minus full"))
+        if name == "sft_hybrid":
+            save(
+                "layers.png",
+                8.4,
+                3.5,
+                partial(_by_choice, arms=arms, base=("0",), label="minus 0 layers"),
+            )
+    return drawn
+
+
+def training_flops(result: Json) -> float:
+    """Useful FLOPs of the arm's own training: its steps under the plan of each stage, its start not counted."""
+    from model.flops import flops_per_token
+    from model.schedule import FULL, LayerPlan
+
+    config, total, before = ModelConfig(**result["model"]), 0.0, 0
+    for stage, facts in result["train"]["stages"].items():
+        text = next(str(plan) for name, plan in result["train"]["plans"] if name == stage)
+        layer = FULL
+        if text.startswith("moba"):
+            size, topk = text.split()[1].split("x")
+            layer = LayerPlan("moba", int(size), int(topk))
+        tokens, before = facts["tokens"] - before, facts["tokens"]
+        total += tokens * flops_per_token(config, facts["seq_len"], (layer,) * config.num_layers).total
+    return total
+
+
+def _compute(figure: Any, arms: Arms) -> bool:
+    """Loss against training FLOPs by size, with fits; beside it the difference by size."""
+    left, right = figure.add_subplot(1, 2, 1), figure.add_subplot(1, 2, 2)
+    for kind in ("full", "moba"):
+        points = []
+        for (_, attention), seeds in arms.items():
+            if attention == kind:
+                mean = mean_of(seeds, 0, "loss")
+                points.append((training_flops(next(iter(seeds.values()))), mean.value, mean.seeds or 0.0))
+        if not points:
+            return False
+        x, y, error = (list(column) for column in zip(*sorted(points), strict=True))
+        left.errorbar(x, y, yerr=error, fmt="o", color=COLOURS[kind], label=kind, capsize=3)
+        law = fit_power_law(x, y)
+        if law is not None and law.exponent > 0:  # else more compute went with more loss: no law to show
+            fitted = [law.scale * c**-law.exponent for c in x]
+            left.plot(x, fitted, color=COLOURS[kind], linewidth=1, linestyle=":",
+                      label=f"{kind}: exponent {law.exponent:.3f}")  # fmt: skip
+    left.set_xscale("log")
+    left.xaxis.set_major_formatter(lambda value, _: f"{value:.0e}")
+    left.xaxis.set_minor_formatter(lambda value, _: "")
+    left.set_xlabel("FLOPs of the arm's training")
+    left.set_ylabel("held-out loss (nats per token)")
+    left.legend(fontsize=8.5)
+    labels = []
+    for place, size in enumerate(dict.fromkeys(size for size, _ in arms)):
+        gap = difference(arms.get((size, "moba"), {}), arms.get((size, "full"), {}), 0, "loss")
+        if gap is None:
+            continue
+        labels.append((place, size))
+        right.errorbar([place], [gap.value], yerr=[2 * (gap.seeds or gap.documents or 0)], fmt="s", capsize=4,
+                       color=LIGHT.moba)  # fmt: skip
+        right.plot([place] * len(gap.by_seed), gap.by_seed, ".", color=LIGHT.accent, markersize=4)
+    right.axhline(0, color=LIGHT.faint, linewidth=1)
+    right.set_xticks([place for place, _ in labels], [size for _, size in labels])
+    right.margins(x=0.3)
+    right.set_xlabel("size")
+    right.set_ylabel("MoBA minus full (nats)")
+    right.set_title("± 2 standard errors; dots: seeds", fontsize=9)
+    return True
+
+
+def _by_size(figure: Any, arms: Arms) -> bool:
+    """Full attention's loss by position, from each size's mean; and what MoBA adds to it at each position."""
+    left, right = figure.add_subplot(1, 2, 1), figure.add_subplot(1, 2, 2)
+    for size, mark in zip(dict.fromkeys(size for size, _ in arms), ("o-", "s--", "^:"), strict=False):
+        full, moba = arms.get((size, "full"), {}), arms.get((size, "moba"), {})
+        if not full.keys() & moba.keys():
+            return False
+        x, means = mean_curve(full, 0)
+        middle = sum(mean.value for mean in means) / len(means)
+        left.plot(x, [mean.value - middle for mean in means], mark, color=LIGHT.full, markersize=3.5, label=size)
+        x, gaps = mean_curve(moba, 0, lambda own, at, what, full=full: difference(own, full, at, what))  # type: ignore[misc]
+        right.errorbar(x, [gap.value for gap in gaps], yerr=[2 * (gap.documents or 0.0) for gap in gaps], fmt=mark,
+                       color=LIGHT.moba, markersize=3.5, linewidth=1.2, elinewidth=0.7, label=size)  # fmt: skip
+    right.axhline(0, color=LIGHT.faint, linewidth=1)
+    left.set_ylabel("full attention: loss minus its mean (nats)")
+    right.set_ylabel("MoBA minus full (nats)")
+    for axes in (left, right):
+        axes.set_xlabel("position in the document (tokens)")
+        axes.legend(title="size", fontsize=8.5)
+    return True
+
+
+def _position(figure: Any, arms: Arms) -> bool:
+    """Loss by position at the longest length measured; beside it the difference to full attention."""
+    left, right = figure.add_subplot(1, 2, 1), figure.add_subplot(1, 2, 2)
+    at = len(next(iter(next(iter(arms.values())).values()))["losses"]) - 1
+    base = next((seeds for key, seeds in arms.items() if key[-1] == "full"), None)
+    for key, seeds in arms.items():
+        x, means = mean_curve(seeds, at)
+        colour = COLOURS.get(key[-1], LIGHT.accent)
+        left.plot(x, [m.value for m in means], "o-", markersize=3.5, color=colour, label=key[-1], linewidth=1.5)
+        if base is None or key[-1] == "full" or not seeds.keys() & base.keys():
+            continue
+        x, gaps = mean_curve(
+            seeds, at, lambda own, where, what: difference(own, base, where, what) if base else None
+        )
+        error = [2 * (gap.documents or 0.0) for gap in gaps]
+        low = [gap.value - e for gap, e in zip(gaps, error, strict=True)]
+        high = [gap.value + e for gap, e in zip(gaps, error, strict=True)]
+        right.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
+        right.plot(
+            x, [gap.value for gap in gaps], "o-", markersize=3.5, color=colour, label=f"{key[-1]} minus full"
+        )
+    right.axhline(0, color=LIGHT.faint, linewidth=1)
+    left.set_ylabel("held-out loss (nats per token)")
+    right.set_title("± 2 standard errors over documents", fontsize=9)
+    for axes in (left, right):
+        axes.set_xlabel("position in the document (tokens)")
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(fontsize=8.5)
+    return True
+
+
+def _switch(figure: Any, arms: Arms) -> bool:
+    """Training loss of the last steps, and the hybrid minus the arm that goes on with MoBA, step by step."""
+    found = {key[-1]: seeds for key, seeds in arms.items()}
+    common = sorted(found.get("hybrid", {}).keys() & found.get("moba", {}).keys())
+    if not common:
+        return False
+    left, right = figure.add_subplot(1, 2, 1), figure.add_subplot(1, 2, 2)
+    for seed in common:
+        hybrid, moba = (found[kind][seed]["train"]["steps"] for kind in ("hybrid", "moba"))
+        number = range(1, len(hybrid) + 1)
+        right.plot(number, [a[1] - b[1] for a, b in zip(hybrid, moba, strict=True)], color=COLOURS["hybrid"],
+                   label=f"seed {seed}", linewidth=1.4, alpha=0.9 if seed == common[0] else 0.5)  # fmt: skip
+    for kind in ("full", "moba", "hybrid"):
+        if common[0] in found.get(kind, {}):
+            steps = found[kind][common[0]]["train"]["steps"]
+            left.plot(
+                range(1, len(steps) + 1), [s[1] for s in steps], color=COLOURS[kind], label=kind, linewidth=1.2
+            )
+    switch = 0.9 * len(hybrid)
+    for axes in (left, right):
+        axes.axvline(switch + 0.5, color=LIGHT.faint, linewidth=1, linestyle="--")
+        axes.set_xlabel("step (dashed: the switch to full attention)")
+        axes.legend(fontsize=8.5)
+    left.set_ylabel(f"training loss, seed {common[0]} (nats)")
+    right.set_ylabel("hybrid minus MoBA, same data (nats)")
+    return True
+
+
+def _by_choice(figure: Any, arms: Arms, base: Key, label: str) -> bool:
+    """Differences of loss and trailing loss to a base arm, along the choices of the only axis."""
+    if base not in arms:
+        return False
+    others = [key for key in arms if key != base]
+    names = [key[0] for key in others]
+    for number, what in enumerate(("loss", "trailing"), 1):
+        axes = figure.add_subplot(1, 2, number)
+        for place, key in enumerate(others):
+            gap = difference(arms[key], arms[base], 0, what)
+            if gap is None:
+                continue
+            error = 2 * (gap.seeds or gap.documents or 0.0)
+            axes.errorbar([place], [gap.value], yerr=[error], fmt="s", color=LIGHT.moba, capsize=4)
+            axes.plot([place] * len(gap.by_seed), gap.by_seed, ".", color=LIGHT.accent, markersize=4)
+        axes.axhline(0, color=LIGHT.faint, linewidth=1)
+        axes.set_xticks(range(len(others)), names, rotation=30 if max(map(len, names)) > 3 else 0, ha="right")
+        axes.set_ylabel(f"{what}, {label} (nats)")
+        axes.set_title("± 2 standard errors; dots: seeds", fontsize=9)
+    return True
