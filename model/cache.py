@@ -109,7 +109,7 @@ class KVCache:
                 stored[1:, first : self.shared] = stored[:1, first : self.shared]
             self.done = [self.shared] * len(self.lengths)
         yield from self._advance(self.lengths, chunk)
-        self.part = []
+        self.part, self.done, self.shared = [], [0] * len(self.lengths), 0
 
     def _advance(self, ends: Sequence[int], chunk: int) -> Iterator[Part]:
         """Parts up to `ends`, from what is done."""
