@@ -1,5 +1,6 @@
 # `make quickstart` and `make test` are all the set-up there is. Everything lands in .venv and runs/.
 PYTHON ?= python3
+SCALE ?= tiny
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
@@ -46,6 +47,9 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 $(VENV)/.installed-dev: $(VENV)/.installed
 	$(PIP) -e '.[dev]'
 	touch $@
+
+study-%: $(VENV)/.installed  ## make study-parity SCALE=h200: a claim of the paper, repeated (moba study list)
+	$(BIN)/moba study $* scale=$(SCALE)
 
 clean:  ## remove the environment and caches; runs/ stays
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache *.egg-info

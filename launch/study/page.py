@@ -116,11 +116,11 @@ def _run_text(plan: Plan, config: StudyConfig, results: Sequence[Json]) -> str:
     missing = sorted(planned - done)
     dates = ", ".join(sorted({one["date"] for one in facts}))
     text = (
-        f"{len(done)} arms on {places}; commits {commits}; {dates}. Every arm that finished is below. Errors behind "
-        "± of a mean are standard errors over seeds; differences are taken document by document. Tokens are those of "
-        "the arm's own training, its start not counted. Device seconds are the sum of the steps; arms of a study that "
-        "ran side by side (column), and studies that ran at the same time, shared the GPU: their seconds compare with "
-        "nothing."
+        f"{len(done)} arms on {places}; commits {commits}; {dates}. Every arm that finished is below. Errors "
+        "behind ± of a mean are standard errors over seeds; differences are taken document by document. Tokens "
+        "are those of the arm's own training, its start not counted. Device seconds are the sum of the steps; "
+        "arms of a study that ran side by side (column), and studies that ran at the same time, shared the GPU: their "
+        "seconds compare with nothing."
     )
     return text + (f" Planned and not run, for lack of device time: {', '.join(missing)}." if missing else "")
 
@@ -160,7 +160,7 @@ def _again(plan: Plan, config: StudyConfig) -> str:
         f"moba study {name} scale=h200 workers=3   # this page: one H200, minutes\n"
         f"make study-{name} SCALE=h200\n```\n\n"
         f"Another size is another entry under `scales` in [the plan](../../../conf/study/{name}.yaml): "
-        "lengths, blocks, tokens, model shapes, seeds. `text=[FOLDER]` takes other text, `set=['KEY=VALUE']` changes "
-        "any key of `moba train` in every arm, `joined=false` starts each arm with `moba train` and its `launch.*`. "
-        "Raw results: `arms/*.json` beside this page."
+        "lengths, blocks, tokens, model shapes, seeds. `text=[FOLDER]` takes other text, `set=['KEY=VALUE']` "
+        "changes any key of `moba train` in every arm, `joined=false` starts each arm with `moba train` and its "
+        "`launch.*`. Raw results: `arms/*.json` beside this page."
     )

@@ -69,7 +69,7 @@ def by_choice(results: Sequence[Json], name: str, group: Group) -> dict[Key, dic
 
 
 def values(result: Json, at: int, what: str, plan: str = "") -> list[float | None]:
-    """By document: its mean loss, its trailing loss, or (`what` an index) that of a bucket; None without tokens."""
+    """By document: its mean loss, its trailing loss, or (`what` a number) that of a bucket; None: no tokens."""
     documents = [document[plan or own_plan(result)] for document in result["losses"][at]["documents"]]
     if what in ("loss", "trailing"):
         return [document[what] for document in documents]
