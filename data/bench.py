@@ -109,7 +109,7 @@ def _waiting(loader: TrainLoader, config: LoaderBenchConfig, per_step: int, *, b
         else:
             time.sleep(seconds_per_step)
     share = waited / (time.perf_counter() - start)
-    batches.close()  # type: ignore[attr-defined]
+    batches.close()
     return share
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO
+from typing import Protocol
 
 from conf.errors import UserError
 
@@ -17,7 +18,7 @@ def read_lines(path: Path, start: int = 0, stop: int = 0) -> Iterator[bytes]:
     Raises UserError if the archive is damaged or ends early.
     """
     try:
-        with _open(path) as lines:
+        with contextlib.closing(_open(path)) as lines:
             lines.seek(start)
             left = stop - start
             for line in lines:
@@ -29,11 +30,19 @@ def read_lines(path: Path, start: int = 0, stop: int = 0) -> Iterator[bytes]:
         raise UserError(f"{path}: damaged archive ({str(error).rstrip('.')}); make it anew") from error
 
 
-def _open(path: Path) -> IO[bytes]:
+class _Lines(Protocol):
+    def __iter__(self) -> Iterator[bytes]: ...
+
+    def seek(self, offset: int, /) -> object: ...
+
+    def close(self) -> None: ...
+
+
+def _open(path: Path) -> _Lines:
     if path.suffix == ".gz":
-        return gzip.open(path, "rb")  # type: ignore[return-value]
+        return gzip.open(path, "rb")
     if path.suffix == ".zst":
-        return _ZstdLines(path)  # type: ignore[return-value]
+        return _ZstdLines(path)
     return path.open("rb")
 
 
@@ -43,10 +52,7 @@ class _ZstdLines:
     def __init__(self, path: Path) -> None:
         self._file = path.open("rb")
 
-    def __enter__(self) -> _ZstdLines:
-        return self
-
-    def __exit__(self, *_: object) -> None:
+    def close(self) -> None:
         self._file.close()
 
     def seek(self, offset: int) -> None:

@@ -7,7 +7,7 @@ import json
 import logging
 import queue
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -86,7 +86,7 @@ class TrainLoader:
         """Steps that remain."""
         return max(self.num_steps - self._start, 0)
 
-    def __iter__(self) -> Iterator[tuple[list[Batch], LoaderState]]:
+    def __iter__(self) -> Generator[tuple[list[Batch], LoaderState], None, None]:
         """Steps from `start_step` to the end of the stage. Leaving the loop early stops the thread."""
         steps = range(self._start, self.num_steps)
         if self._prefetch == 0:
@@ -174,16 +174,16 @@ def collate(rows: Sequence[Row]) -> Batch:
     )
 
 
-def prefetched(make: Callable[[int], T], steps: range, depth: int) -> Iterator[T]:
+def prefetched(make: Callable[[int], T], steps: range, depth: int) -> Generator[T, None, None]:
     """`make(t)` for each t in order, computed by a thread at most `depth` ahead.
 
     An exception of `make` is raised here, at its place in the order. Closing the generator (a `break`, an
     exception in the loop) stops the thread and waits for it.
     """
-    ready: queue.Queue[tuple[T | None, BaseException | None]] = queue.Queue(maxsize=depth)
+    ready: queue.Queue[tuple[T] | BaseException] = queue.Queue(maxsize=depth)
     stop = threading.Event()
 
-    def put(item: tuple[T | None, BaseException | None]) -> bool:
+    def put(item: tuple[T] | BaseException) -> bool:
         while not stop.is_set():
             try:
                 ready.put(item, timeout=0.1)
@@ -195,19 +195,19 @@ def prefetched(make: Callable[[int], T], steps: range, depth: int) -> Iterator[T
     def work() -> None:
         try:
             for t in steps:
-                if not put((make(t), None)):
+                if not put((make(t),)):
                     return
         except BaseException as error:  # belongs to the consumer, whatever it is
-            put((None, error))
+            put(error)
 
     thread = threading.Thread(target=work, name="prefetch", daemon=True)
     thread.start()
     try:
         for _ in steps:
-            item, error = ready.get()
-            if error is not None:
-                raise error
-            yield item  # type: ignore[misc]  # no error: it is a T
+            item = ready.get()
+            if isinstance(item, BaseException):
+                raise item
+            yield item[0]
     finally:
         stop.set()
         thread.join()

@@ -8,7 +8,7 @@ from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from conf.errors import UserError
 from conf.inherit import stage_ropes
@@ -90,7 +90,7 @@ class Completion:
 
     def _fill(self, model: DictConfig, name: str, default: Any, origin: Origin) -> None:
         theirs = getattr(origin.model, name)
-        if not model._get_node(name)._is_missing():  # type: ignore[union-attr]
+        if not OmegaConf.is_missing(model, name):
             ours = model[name]
             if name == "init_std" or (name == "key_conv" and not theirs):
                 return  # no part of their weights: what is added starts as nothing

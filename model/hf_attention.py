@@ -123,7 +123,8 @@ def moba_attention_forward(
         return query.new_zeros(B, Q, H, D), None
     q_THD = _flat(query, layout.query_index)
     k_SHD, v_SHD = _flat(key, layout.key_index), _flat(value, layout.key_index)
-    plan = attention_mask.settings.plans[module.layer_idx]  # type: ignore[index]
+    layer: Any = module.layer_idx
+    plan = attention_mask.settings.plans[layer]
     out = _attend(q_THD, k_SHD, v_SHD, layout, plan, attention_mask.settings.decode, scaling, decodes=Q == 1)
     if layout.query_index is not None:
         out = out.new_zeros(B * Q, H, D).index_copy(0, layout.query_index, out)
