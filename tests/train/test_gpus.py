@@ -34,12 +34,12 @@ TOLERANCE = {"fp32": (1e-5, 1e-4, 1e-4), "bf16": (5e-3, 5e-2, 1e-1)}
 
 
 def config_of(zero_stage: int, parallel: int, switches: dict[str, Any], precision: str) -> TrainConfig:
-    """In bf16 with heads that our kernels take."""
+    """bf16: our kernels, and heads that they take; fp32: the portable path, which compiles nothing."""
     config = jobs.train_config(zero_stage, parallel)
     config.engine.precision = precision
-    config.stages["one"].attention.backend = "auto"
+    config.stages["one"].attention.backend = "varlen"
     if precision == "bf16":
-        config.model.head_dim = 64
+        config.stages["one"].attention.backend, config.model.head_dim = "auto", 64
     for key, value in switches.items():
         assert hasattr(config.engine, key)
         setattr(config.engine, key, value)
