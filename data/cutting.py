@@ -7,26 +7,27 @@ from pathlib import Path
 from typing import Any
 
 from conf.errors import UserError
-
-_CHUNK = 1 << 22
+from data.lines import read_chunks
 
 
 def cut_jsonl(path: Path, size: int) -> Iterator[tuple[int, int, int]]:
-    """(first byte, end, number of the first line) of stretches of whole lines, of at least `size` bytes each."""
+    """(first byte, end, number of the first line) of stretches of whole lines, of at least `size` bytes each.
+
+    Of an archive, bytes of its text.
+    """
     start, line, first, at = 0, 1, 1, 0
-    with path.open("rb") as file:
-        while chunk := file.read(_CHUNK):
-            end = chunk.find(b"\n", max(0, start + size - at - 1)) if start + size <= at + len(chunk) else -1
-            seen = 0
-            while end >= 0:
-                line += chunk.count(b"\n", seen, end + 1)
-                seen = end + 1
-                yield start, at + seen, first
-                start, first = at + seen, line
-                wanted = seen + size - 1
-                end = chunk.find(b"\n", wanted) if wanted < len(chunk) else -1
-            line += chunk.count(b"\n", seen)
-            at += len(chunk)
+    for chunk in read_chunks(path):
+        end = chunk.find(b"\n", max(0, start + size - at - 1)) if start + size <= at + len(chunk) else -1
+        seen = 0
+        while end >= 0:
+            line += chunk.count(b"\n", seen, end + 1)
+            seen = end + 1
+            yield start, at + seen, first
+            start, first = at + seen, line
+            wanted = seen + size - 1
+            end = chunk.find(b"\n", wanted) if wanted < len(chunk) else -1
+        line += chunk.count(b"\n", seen)
+        at += len(chunk)
     if start < at:
         yield start, at, first
 

@@ -20,6 +20,7 @@ from data.cutting import cut_jsonl, cut_parquet
 STDLIB, SYNTHETIC, HUB = "stdlib", "synthetic", "hub:"
 WHOLE_FILES = (".txt", ".md", ".py")
 JSONL_FILES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".json.gz", ".json.zst")
+FEW_FILES = 32  # archives of a source with more of them are work enough for all processes as they are
 RECORD_FILES = (*JSONL_FILES, ".parquet", ".arrow")
 
 
@@ -125,12 +126,19 @@ def _list_synthetic(config: SyntheticConfig) -> list[SourceFile]:
 def cut(files: Iterable[SourceFile], unit_bytes: int, read: ReadConfig, synthetic: SyntheticConfig) -> list[Unit]:
     """The files in units of about `unit_bytes`, as far as their format can be entered in the middle.
 
-    Plain JSONL files above that size are read once for this, to number their lines.
+    JSONL files above that size are read once for this, to number their lines. To enter an archive, what precedes
+    is unpacked: it is cut into few stretches, and only if it is a good part of the source.
     """
     units: list[Unit] = []
+    files = list(files)
+    large = sum(file.bytes for file in files) // FEW_FILES
     for file in files:
-        if file.kind == "jsonl" and file.path.suffix == ".jsonl" and file.bytes > unit_bytes:
-            units += [Unit(file, b - a, a, b, first) for a, b, first in cut_jsonl(file.path, unit_bytes)]
+        packed = file.kind == "jsonl" and file.path.suffix != ".jsonl"
+        if file.kind == "jsonl" and file.bytes > (max(unit_bytes, large) if packed else unit_bytes):
+            size = (
+                max(unit_bytes, file.bytes // 4) if packed else unit_bytes
+            )  # text takes four times as much or more
+            units += [Unit(file, b - a, a, b, first) for a, b, first in cut_jsonl(file.path, size)]
         elif file.kind == "parquet" and file.bytes > unit_bytes:
             units += [Unit(file, size, a, b, first) for a, b, first, size in cut_parquet(file.path, unit_bytes)]
         elif file.kind == "hub":

@@ -93,14 +93,18 @@ LINES = st.lists(st.text("ab\u2028", max_size=30).map(lambda s: s.replace("\n", 
 
 
 @settings(deadline=None, max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(texts=LINES, size=st.integers(1, 200), last=st.booleans())
-def test_a_cut_file_reads_as_a_whole_one(tmp_path: Path, texts: list[str], size: int, last: bool) -> None:
+@given(texts=LINES, size=st.integers(1, 200), last=st.booleans(), packed=st.sampled_from(("", ".gz", ".zst")))
+def test_a_cut_file_reads_as_a_whole_one(
+    tmp_path: Path, texts: list[str], size: int, last: bool, packed: str
+) -> None:
     lines = [json.dumps({"text": text}, ensure_ascii=False) if text else "" for text in texts]
-    path = tmp_path / "x.jsonl"
-    path.write_text("\n".join(lines) + ("\n" if last else ""), encoding="utf-8")
+    path = tmp_path / f"x.jsonl{packed}"
+    text = ("\n".join(lines) + ("\n" if last else "")).encode()
+    path.write_bytes({"": bytes, ".gz": gzip.compress, ".zst": zstandard.compress}[packed](text))
     assert read(path, unit_bytes=size) == read(path)
     units = cut(list_files(str(path)), size, FIELDS, SyntheticConfig())
-    assert sum(unit.bytes for unit in units) == path.stat().st_size
+    if not packed or len(units) > 1:
+        assert sum(unit.bytes for unit in units) == len(text)
 
 
 def test_compressed_lines_are_the_same_documents(tmp_path: Path) -> None:
@@ -111,10 +115,14 @@ def test_compressed_lines_are_the_same_documents(tmp_path: Path) -> None:
     zst.write_bytes(zstandard.compress(lines[:5000]) + zstandard.compress(lines[5000:]))  # two frames
     texts = [[d.text for d in read(path)[0]] for path in (plain, gz, zst)]
     assert texts[0] == texts[1] == texts[2] and len(texts[0]) == 3000
+    for path in (gz, zst):  # entered in the middle, for several processes and for what a kill leaves to do
+        assert len(cut(list_files(str(path)), 1 << 12, FIELDS, SyntheticConfig())) > 3
+        assert [d.text for d in read(path, unit_bytes=1 << 12)[0]] == texts[0]
     for path in (gz, zst):
         path.write_bytes(path.read_bytes()[:-20])
-        with pytest.raises(UserError, match=f"{path.name}: damaged archive"):
-            read(path)
+        for size in (1 << 12, 1 << 20):  # found while cutting, or while reading
+            with pytest.raises(UserError, match=f"{path.name}: damaged archive"):
+                read(path, unit_bytes=size)
 
 
 def test_a_repository_is_one_document(tmp_path: Path) -> None:
