@@ -16,7 +16,7 @@ from torch import Tensor
 
 from conf.errors import UserError
 from eval.bench.environment import environment
-from eval.bench.shapes import OFFICIAL, Shape, parse_shape
+from eval.bench.shapes import CASES, Case, parse_shape
 
 if TYPE_CHECKING:
     from conf.schema import BenchConfig
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 IDEAL_FWD_FLOPS, IDEAL_BWD_FLOPS = 560e12, 530e12
 _HEAD = (
     f"{'seq/heads/kv/dim/block/topk':28s} {'f ms':>8} {'f+b ms':>9} {'eager':>9} {'TFLOP/s':>8} {'of ideal':>8} "
-    f"{'GiB':>6} | {'cuDNN f':>8} {'f+b':>9} {'GiB':>6} {'flash f+b':>9} | {'faster':>6}"
+    f"{'GiB':>6} | {'cuDNN f':>8} {'f+b':>9} {'GiB':>6} {'flash f+b':>9} | {'faster':>6}  (documents, routing)"
 )
 
 
@@ -44,12 +44,12 @@ def run(config: BenchConfig) -> Path | None:
         from eval.bench.rule import refresh
 
         return refresh(config)
-    shapes = [parse_shape(text) for text in config.rows] or list(OFFICIAL)
+    cases = _cases(config)
     name = torch.cuda.get_device_name()
-    print(f"{name}, torch {torch.__version__}; {config.routing} routing, {config.documents} document(s) per row")
+    print(f"{name}, torch {torch.__version__}; bf16")
     print("rows up to 32768 tokens: both sides in a CUDA graph (column eager: without)\n" + _HEAD, flush=True)
     dense: dict[tuple[int, ...], tuple[Timed, Timed | None]] = {}
-    rows = [_row(shape, config, dense) for shape in shapes]
+    rows = [_row(case, config, dense) for case in cases]
     report = {**environment(name), "rows": rows}
     if not config.out:
         return None
@@ -66,34 +66,50 @@ def run(config: BenchConfig) -> Path | None:
     return path
 
 
+def _cases(config: BenchConfig) -> list[Case]:
+    """The rows asked for; by default the official ones, with the packed and other routed ones unless named."""
+    usual = config.documents == 1 and config.routing == "uniform"
+    if not config.rows and usual:
+        return list(CASES)
+    shapes = [parse_shape(text) for text in config.rows] or [
+        case.shape for case in CASES if case == Case(case.shape)
+    ]
+    return [Case(shape, config.documents, config.routing) for shape in shapes]
+
+
 def _row(
-    shape: Shape, config: BenchConfig, dense: dict[tuple[int, ...], tuple[Timed, Timed | None]]
+    case: Case, config: BenchConfig, dense: dict[tuple[int, ...], tuple[Timed, Timed | None]]
 ) -> dict[str, Any]:
     from eval.bench.check import check
     from eval.bench.inputs import make_inputs
     from eval.bench.timing import measure
     from model.moba.api import moba_attention
 
-    x = make_inputs(shape, config.documents, config.routing, dtype=torch.bfloat16)
+    shape = case.shape
+    x = make_inputs(shape, case.documents, case.routing, dtype=torch.bfloat16)
     _, pairs = check(x)
     torch.cuda.empty_cache()
-    cu = None if config.documents == 1 else x.cu_seqlens
+    cu = None if case.documents == 1 else x.cu_seqlens
+    longest = int(x.cu_seqlens.diff().max())
 
     def moba() -> Tensor:
         return moba_attention(
-            x.q, x.k, x.v, block_size=shape.block_size, topk=shape.topk, cu_seqlens=cu, backend="triton"
-        )
+            x.q, x.k, x.v, block_size=shape.block_size, topk=shape.topk, cu_seqlens=cu, max_seqlen=longest,
+            backend="triton",
+        )  # fmt: skip
 
     ours = measure(moba, (x.q, x.k, x.v), x.dout, shape.seq_len)
     torch.cuda.empty_cache()
     key = (shape.seq_len, shape.num_heads, shape.num_kv_heads, shape.head_dim)
-    if config.documents == 1 and config.dense and key not in dense:
+    if case.documents == 1 and config.dense and key not in dense:
         dense[key] = _dense(x, flash=shape.seq_len <= config.flash_up_to)
         torch.cuda.empty_cache()
-    theirs, flash = dense.get(key, (None, None))
-    _print(shape, ours, theirs, flash, pairs, x)
+    theirs, flash = dense.get(key, (None, None)) if case.documents == 1 else (None, None)
+    _print(case, ours, theirs, flash, pairs, x)
     return {
         **asdict(shape),
+        "documents": case.documents,
+        "routing": case.routing,
         "fwd_ms": ours.fwd_ms,
         "fwd_bwd_ms": ours.fwd_bwd_ms,
         "dense_fwd_ms": theirs.fwd_ms if theirs else None,
@@ -108,9 +124,7 @@ def _dense(x: Inputs, *, flash: bool) -> tuple[Timed, Timed | None]:
 
     from eval.bench.timing import measure
 
-    # [1, H, T, D] views of the same values, made contiguous outside of what is timed
-    q, k, v = (t.detach().transpose(0, 1)[None].contiguous().requires_grad_() for t in (x.q, x.k, x.v))
-    dout = x.dout.transpose(0, 1)[None].contiguous()
+    q, k, v, dout = _dense_inputs(x)
     kept = sum(t.numel() * t.element_size() for t in (x.q, x.k, x.v, x.dout)) / (1 << 30)
 
     def timed(backend: SDPBackend) -> Timed:
@@ -120,6 +134,12 @@ def _dense(x: Inputs, *, flash: bool) -> tuple[Timed, Timed | None]:
         return replace(found, peak_gib=found.peak_gib - kept)  # the originals, which only MoBA uses
 
     return timed(SDPBackend.CUDNN_ATTENTION), timed(SDPBackend.FLASH_ATTENTION) if flash else None
+
+
+def _dense_inputs(x: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """q, k, v, dout as [1, H, T, D] with the same values, made contiguous outside of what is timed."""
+    q, k, v = (t.detach().transpose(0, 1)[None].contiguous().requires_grad_() for t in (x.q, x.k, x.v))
+    return q, k, v, x.dout.transpose(0, 1)[None].contiguous()
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, backend: Any) -> Callable[[], Tensor]:
@@ -133,8 +153,9 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, backend: Any) -> Callable[[], Tensor]
     return run
 
 
-def _print(shape: Shape, ours: Timed, dense: Timed | None, flash: Timed | None, pairs: int, x: Inputs) -> None:
+def _print(case: Case, ours: Timed, dense: Timed | None, flash: Timed | None, pairs: int, x: Inputs) -> None:
     """One line of the table. FLOPs: 2 products of 2 D per (query, key) forward, 5 backward."""
+    shape = case.shape
     own = sum(_own_pairs(length, shape.block_size) for length in x.cu_seqlens.diff().tolist()) * shape.num_heads
     fwd = 4 * shape.head_dim * (pairs * shape.block_size + own)
     ideal_ms = (fwd / IDEAL_FWD_FLOPS + 2.5 * fwd / IDEAL_BWD_FLOPS) * 1e3
@@ -148,7 +169,7 @@ def _print(shape: Shape, ours: Timed, dense: Timed | None, flash: Timed | None, 
             f" {dense.fwd_ms:8.2f} {dense.fwd_bwd_ms:9.2f} {dense.peak_gib:6.2f} {other} |"
             f" {dense.fwd_bwd_ms / ours.fwd_bwd_ms:5.2f}x"
         )
-    print(text, flush=True)
+    print(text if case == Case(shape) else f"{text} ({case.documents}, {case.routing})", flush=True)
 
 
 def _own_pairs(length: int, block_size: int) -> int:

@@ -16,7 +16,7 @@ _SHADES = ("o-", "s-", "^-", "d-")
 
 def draw(report: dict[str, Any], path: Path) -> None:
     """Forward plus backward against sequence length, both logarithmic, one panel per head dimension."""
-    rows: Sequence[Row] = report["rows"]
+    rows: Sequence[Row] = [r for r in report["rows"] if (r["documents"], r["routing"]) == (1, "uniform")]
     dims = sorted({row["head_dim"] for row in rows}, reverse=True)
     with canvas(LIGHT, 5.2 * len(dims), 4.4) as figure:
         for number, dim in enumerate(dims):

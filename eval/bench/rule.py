@@ -85,11 +85,12 @@ def report(rows: Sequence[Row], gpu: str) -> dict[str, Any]:
 
 def _row(shape: Shape, documents: int, config: BenchConfig, dense: dict[tuple[int, int], float]) -> Row:
     import torch
+    from torch.nn.attention import SDPBackend
 
-    from eval.bench.attention import _dense
+    from eval.bench.attention import _dense_inputs, _sdpa
     from eval.bench.check import check
     from eval.bench.inputs import make_inputs
-    from eval.bench.timing import measure
+    from eval.bench.timing import both_ms
     from model.moba import triton_op, triton_union_op
     from model.moba.triton_rule import density
 
@@ -98,12 +99,12 @@ def _row(shape: Shape, documents: int, config: BenchConfig, dense: dict[tuple[in
         check(x, path=path)
     leaves = (x.q, x.k, x.v)
     routed, union = (
-        measure(_attention(x, attend), leaves, x.dout, shape.seq_len).fwd_bwd_ms
-        for attend in (triton_op.attend, triton_union_op.attend)
+        both_ms(_attention(x, attend), leaves, x.dout) for attend in (triton_op.attend, triton_union_op.attend)
     )
     key = (shape.seq_len, shape.head_dim)
     if config.dense and documents == 1 and key not in dense:
-        dense[key] = _dense(x, flash=False)[0].fwd_bwd_ms
+        q, k, v, dout = _dense_inputs(x)
+        dense[key] = both_ms(_sdpa(q, k, v, SDPBackend.CUDNN_ATTENTION), (q, k, v), dout)
     theirs = dense.get(key) if documents == 1 else None
     share = density(shape.seq_len // documents, shape.block_size, shape.topk)
     best = "union" if union < routed else "routed"

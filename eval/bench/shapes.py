@@ -36,6 +36,34 @@ OFFICIAL = (
 )
 
 
+@dataclass(frozen=True)
+class Case:
+    """A shape and how its tokens are packed and routed (see `eval.bench.inputs`)."""
+
+    shape: Shape
+    documents: int = 1
+    routing: str = "uniform"
+
+
+# Beside the official shapes with one document and uniform routing.
+_OTHER = (
+    *(
+        (1 << 15, block, topk, 1, routing)
+        for block, topk in ((512, 3), (128, 8))
+        for routing in ("clustered", "sink")
+    ),
+    *((1 << 17, 512, 8, 1, routing) for routing in ("clustered", "sink")),
+    *((1 << 17, block, topk, 13, "uniform") for block, topk in ((512, 8), (4096, 12))),
+)
+CASES = (
+    *(Case(shape) for shape in OFFICIAL),
+    *(
+        Case(Shape(length, 32, 8, 128, block, topk), docs, routing)
+        for length, block, topk, docs, routing in _OTHER
+    ),
+)
+
+
 def parse_shape(text: str) -> Shape:
     """`seq_len/num_heads/num_kv_heads/head_dim/block_size/topk`, e.g. 32768/32/8/128/512/3."""
     parts = text.split("/")

@@ -10,6 +10,7 @@ Scores live in the base-2 domain: `scale_log2 = softmax_scale * log2(e)`, lse2 =
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass
 from functools import cache
@@ -94,20 +95,21 @@ def _covered(head_dim: int, gate: Tile, whole: int) -> Tiles:
     keys = min(64, whole)
     wide = head_dim > 64
     dkv = Tile(rows=64, keys=max(64, whole), warps=8 if whole == 128 else 4, stages=3)
+    fused = dataclasses.replace(dkv, stages=3) if wide else dkv
     return Tiles(
         gate=gate,
         routed=Tile(rows=64, keys=whole, warps=4, stages=3, max_registers=0 if wide else 128),
-        combine=Tile(64, min(32, keys), 4, 1, 168) if wide else Tile(64, keys, 4, 1, 128),
+        combine=Tile(64, min(32, keys), 4, 3, 168) if wide else Tile(64, keys, 4, 2, 128),
         dq=Tile(rows=64, keys=whole, warps=4, stages=1),
         dkv=dkv,
         merge=Tile(64, min(32, keys), 4, 2, 168 if wide else 128),
         stationary=True,
         stationary_dq=True,
         stream=16,
-        fused=dkv,
-        fused_pointers=True,
-        combine_split=True,
-        ahead=2,
+        fused=fused,
+        fused_pointers=not wide,
+        combine_split=False,
+        ahead=3 if wide else 2,
     )
 
 
@@ -123,17 +125,20 @@ def _streamed(head_dim: int, gate: Tile, block_size: int) -> Tiles:
             merge=Tile(64, 64, 4, 2, 128),
             stationary=False,
             stationary_dq=False,
+            combine_split=True,
         )
     short = block_size <= 1024
     return Tiles(
         gate=gate,
         routed=Tile(128, 64, 8, 2, 128),
-        combine=Tile(64, 64, 4, 1, 168 if short else 128),
+        combine=Tile(64, 64, 4, 1, 168) if short else Tile(64, 64, 4, 1, 128),
         dq=Tile(128, 32, 8, 3, 128) if block_size <= 2048 else Tile(128, 64, 8, 3),
         dkv=Tile(64, 128, 8, 3),
         merge=Tile(64, 32, 4, 2, 168) if short else Tile(64, 64, 4, 2),
         stationary=False,
         stationary_dq=False,
+        combine_split=True,
+        ahead=3 if short else 2,
     )
 
 
@@ -155,9 +160,8 @@ def vector(x: Tensor, size: int) -> Any:
 
 
 def slot_bits(slots: int) -> int:
-    """Slots of a query rounded up to a power of two if they fit the bits of an int32, else 0."""
-    padded = next_power_of_two(slots)
-    return padded if 0 < slots <= 32 else 0
+    """Room for the slots of a query read at once, of few sizes (each is compiled); 0: too many for registers."""
+    return next((room for room in (8, 16) if slots <= room), 0)
 
 
 def next_power_of_two(n: int) -> int:

@@ -8,11 +8,11 @@ import torch
 
 from conf.errors import UserError
 from conf.schema import BenchConfig
-from eval.bench.shapes import OFFICIAL, Shape, parse_shape
+from eval.bench.shapes import CASES, OFFICIAL, Case, Shape, parse_shape
 
 RESULTS = Path(__file__).resolve().parents[3] / "benchmarks" / "results" / "attention-h200.json"
 ROW = {
-    *("seq_len", "num_heads", "num_kv_heads", "head_dim", "block_size", "topk"),
+    *("seq_len", "num_heads", "num_kv_heads", "head_dim", "block_size", "topk", "documents", "routing"),
     *("fwd_ms", "fwd_bwd_ms", "dense_fwd_ms", "dense_fwd_bwd_ms", "peak_gib", "dense_peak_gib"),
 }
 
@@ -38,6 +38,15 @@ def test_refuses_to_run_without_a_gpu():
         run(BenchConfig())
 
 
+def test_packed_and_routed_rows_come_by_themselves_unless_rows_are_named():
+    from eval.bench.attention import _cases
+
+    assert _cases(BenchConfig()) == list(CASES)
+    assert _cases(BenchConfig(documents=3)) == [Case(shape, 3) for shape in OFFICIAL]
+    named = BenchConfig(rows=["32768/32/8/128/512/3"], routing="sink")
+    assert _cases(named) == [Case(Shape(32768, 32, 8, 128, 512, 3), 1, "sink")]
+
+
 def test_own_pairs_are_counted_per_document():
     from eval.bench.attention import _own_pairs
 
@@ -51,8 +60,10 @@ def test_stored_results_have_their_fields_and_a_picture(tmp_path):
 
     report = json.loads(RESULTS.read_text())
     assert set(report) == {"gpu", "torch", "triton", "commit", "date", "rows"}
-    assert [Shape(*(row[k] for k in Shape.__dataclass_fields__)) for row in report["rows"]] == list(OFFICIAL)
-    assert all(set(row) == ROW for row in report["rows"])
+    rows = report["rows"]
+    shapes = [Shape(*(row[k] for k in Shape.__dataclass_fields__)) for row in rows]
+    assert [Case(s, row["documents"], row["routing"]) for s, row in zip(shapes, rows, strict=True)] == list(CASES)
+    assert all(set(row) == ROW for row in rows)
     draw(report, tmp_path / "a.png")
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
 

@@ -107,7 +107,7 @@ def jobs(dim: int, block_size: int) -> list[tuple[str, Any, dict[str, Any], comm
     def tokens(tile: common.Tile) -> dict[str, Any]:
         return {"G": 4, "ROWS": tile.rows, "KEYS": tile.keys, **shape}
 
-    slots = {"SLOTS": 8, "AHEAD": tiles.ahead}
+    slots = {"SLOTS": common.slot_bits(7), "AHEAD": tiles.ahead}
     own = {"SPLIT": tiles.combine_split, "STAGES": tiles.combine.stages}
 
     routed = forward._stationary_kernel if tiles.stationary else forward._routed_kernel
