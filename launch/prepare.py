@@ -53,8 +53,8 @@ way, the same command goes on with what is finished.
 A source is a folder or file (.txt .md .py; .jsonl, also .gz and .zst; .parquet; .arrow), a folder of code
 repositories (read.repos=1: each folder in it is one document), hub:NAME (streamed from the Hugging Face hub), or
 synthetic (retrieval tasks made up). read.kind=chat takes conversations, with loss on the answers only;
-read.kind=tokens lists of token ids. read.weight names the field with the weight of the loss: a number of a record or
-of a message, or a list beside token ids.
+read.kind=tokens lists of token ids. read.weight names the field with the weight of the loss: a number of a record
+or of a message, or a list beside token ids.
 
 moba prepare inspect takes the keys of `moba train` and shows each stage's mixture as it will be trained: shares by
 domain and by document length, epochs, padding, balance of the ranks; plots/mixture.png below out.
