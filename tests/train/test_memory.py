@@ -23,6 +23,8 @@ CASES: dict[str, dict[str, Any]] = {
     "tiled": {"mlp_tile": 7},
     "parameters and optimizer moved": OFFLOADED,
     "everything": EVERYTHING,
+    "fused loss": {"loss": "fused"},
+    "everything, fused loss": {**EVERYTHING, "loss": "fused"},
 }
 
 
