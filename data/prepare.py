@@ -178,18 +178,23 @@ def _make_tokenizer(
 
 
 def _sample(units: list[Unit], heldout: float, config: TokenizerConfig, read: ReadConfig) -> Iterator[str]:
-    left = config.train_chars
+    left, bad = config.train_chars, list[str]()
 
-    def told_later(place: str, reason: str) -> None:
-        """Nothing: the parts meet the same records again."""
+    def remember_first(place: str, reason: str) -> None:
+        """The parts meet the same records again, and tell."""
+        if not bad:
+            bad.append(f"{place}: {reason}")
 
     for unit in hash_order(units):
-        for document in read_unit(unit, read, told_later):
+        for document in read_unit(unit, read, remember_first):
             if left <= 0:
                 return
             if not is_heldout(document.name, heldout):
                 yield document.plain[:left]
                 left -= len(document.plain)
+    if left == config.train_chars:
+        why = f" (the first bad record: {bad[0]})" if bad else ""
+        raise UserError(f"the source has no usable document to train a tokenizer on{why}")
 
 
 def _finish(

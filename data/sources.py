@@ -70,6 +70,8 @@ def list_files(
     if source == SYNTHETIC:
         return _list_synthetic(synthetic or SyntheticConfig())
     if source.startswith(HUB):
+        if source == HUB:
+            raise UserError(f"source {HUB} needs the name of a data set: {HUB}NAME")
         return [SourceFile(source.removeprefix(HUB), Path(source.removeprefix(HUB)), "hub")]
     root = Path(sysconfig.get_path("stdlib")) if source == STDLIB else Path(source)
     if source == STDLIB:

@@ -150,3 +150,11 @@ def test_sets_of_one_run_share_one_tokenizer(made: Path, source: Path, tmp_path:
     manifest_file.write_text(json.dumps(raw | {"tokenizer_fingerprint": "another"}))
     with pytest.raises(UserError, match=r"data\.sets\.second and data\.sets\.first"):
         prepare_sets(DataConfig(sets=sets, tokenizer=WORDS), progress=False)
+
+
+def test_nothing_to_train_a_tokenizer_on_says_why(tmp_path: Path) -> None:
+    (tmp_path / "x.jsonl").write_text('{"body": "text"}\n{"body": "more"}\n')
+    with pytest.raises(UserError, match=r"no usable document.*x\.jsonl:1: field `text` is missing"):
+        make(tmp_path / "set", tmp_path)
+    with pytest.raises(UserError, match="hub:NAME"):
+        prepare(tmp_path / "set", "hub:", 0.0, WORDS)
