@@ -45,6 +45,12 @@ def prompts() -> list[list[int]]:
     return [torch.randint(0, VOCAB, (n,), generator=g).tolist() for n in LENGTHS]
 
 
+def alike() -> list[list[list[int]]]:
+    """Batches of prompts that begin alike, also with the batch before."""
+    haystack = torch.randint(0, VOCAB, (150,), generator=torch.Generator().manual_seed(9)).tolist()
+    return [[haystack[:140] + [1, 2], haystack[:140] + [3]], [haystack[:110] + [4], haystack[:110] + [5, 6, 7]]]
+
+
 def batch() -> dict[str, Any]:
     """A row of two documents that every cut of the row straddles."""
     ids = torch.randint(0, VOCAB, (1, 96), generator=torch.Generator().manual_seed(8))
@@ -69,6 +75,8 @@ def alone(num_kv_heads: int) -> dict[str, Any]:
     found["ended"] = generate(
         model, prompts(), max_new_tokens=10, eos_id=None, ended=first_done, **CASES["at once"]
     )
+    kinds: dict[str, Any] = {"max_new_tokens": 6, "eos_id": None, **CASES["in parts"]}
+    found["shared"] = [generate(model, some, **kinds) for some in alike()]
     with torch.no_grad():
         found["losses"] = model.token_losses(**batch(), plans=MOBA)
     return found
@@ -89,6 +97,9 @@ def together(num_kv_heads: int, size: int) -> dict[str, Any] | None:
         name: lead.generate(prompts(), max_new_tokens=10, eos_id=None, **case) for name, case in CASES.items()
     }
     found["ended"] = lead.generate(prompts(), max_new_tokens=10, eos_id=None, ended=first_done, **CASES["at once"])
+    kinds: dict[str, Any] = {"max_new_tokens": 6, "eos_id": None, "share": "x", **CASES["in parts"]}
+    found["shared"] = [lead.generate(some, **kinds) for some in alike()]
+    assert lead.prefixes.stored is not None
     found["losses"] = lead.token_losses(**batch(), plans=MOBA)
     lead.stop()
     return found
