@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from conf.paths import RunPaths
-from conf.schema import AttentionConfig, EngineConfig, ModelConfig, StageConfig, TrainConfig
+from conf.schema import EngineConfig, ModelConfig, StageConfig, TrainConfig
 from tests.gloo import GlooPool
 from tests.train import jobs
 
@@ -71,8 +71,7 @@ def main(every: int) -> int:
     config.model = ModelConfig(
         vocab_size=4096, hidden_size=160, intermediate_size=448, num_layers=4, num_heads=4, num_kv_heads=4
     )
-    attention = AttentionConfig(kind="moba", block_size=64, topk=2, backend="reference")
-    config.stages = {"one": StageConfig(512, 512 * 4 * 10**6, 4, micro_batch=2, attention=attention)}
+    config.stages = {"one": StageConfig(256, 256 * 4 * 10**6, 4, micro_batch=2)}
     config.checkpoint.keep = 1
     pool = GlooPool(2)
     seconds = pool(turns, config, every, timeout=1800.0)[0]

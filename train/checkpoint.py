@@ -5,17 +5,14 @@ A folder `step-00000120` holds `weights-*.safetensors` (fp32 master weights unde
 written last, `manifest.json` with the size and SHA-256 of all the others. It is built under a `.tmp-` name and
 renamed when complete: a kill at any moment leaves the previous checkpoint the newest one.
 
-Ranks share the writing. Parameters are dealt out to shards by a rule every rank computes alike; in each round
-every rank receives one shard, parameter by parameter. `save_checkpoint` writes it at once and holds one shard in
-host memory; `train.saver` keeps a rank's shards and writes them while training goes on. `train.restore` checks and
-reads.
+Ranks share the writing, see `train.shards`. `save_checkpoint` writes shard by shard and holds one in host memory;
+`train.saver` keeps a rank's shards and writes them while training goes on. `train.restore` checks and reads.
 """
 
 from __future__ import annotations
 
 import json
 import traceback
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -33,38 +30,11 @@ from train.restore import checkpoint_folders
 from train.restore import load_engine as load_engine
 from train.restore import newest_valid as newest_valid
 from train.restore import read_state as read_state
-from train.state import (
-    MOMENTS,
-    WEIGHT,
-    TrainState,
-    full_shape,
-    get_full,
-    named_parameters,
-    optimizer_step,
-    reset_optimizer,
-)
+from train.shards import collect_shards
+from train.state import TrainState, optimizer_step
 
 VERSION = 1
-SHARD_BYTES = 256 * 2**20  # of weights; a rank holds three times as much (two moments) while it writes
 Entries = dict[str, dict[str, object]]  # manifest lines
-Take = Callable[[int, dict[str, Tensor], dict[str, Tensor]], None]  # shard number, its weights, its moments
-
-
-def plan_shards(sizes: dict[str, int], world: int, limit: int = SHARD_BYTES) -> list[list[str]]:
-    """Deal parameters (name -> bytes) out to shards, in order: none above `limit` unless one parameter is.
-
-    Small models still give each of `world` ranks about one shard to write.
-    """
-    limit = min(limit, -(-sum(sizes.values()) // world))
-    shards: list[list[str]] = []
-    room = 0
-    for name, size in sizes.items():
-        if size > room or not shards:
-            shards.append([])
-            room = limit
-        shards[-1].append(name)
-        room -= size
-    return shards
 
 
 def save_checkpoint(
@@ -131,30 +101,6 @@ def _write_shards(folder: Path, engine: DeepSpeedEngine, mesh: Mesh) -> Entries:
     if failures:
         raise failures[0]
     return entries
-
-
-def collect_shards(engine: DeepSpeedEngine, mesh: Mesh, copy: Callable[[str, Tensor], Tensor], take: Take) -> None:
-    """Bring this rank's shards together, one after the other, and hand each to `take`. Collective.
-
-    `copy(key, tensor)` is asked for what `take` gets of each weight and moment; it must not keep the tensor.
-    """
-    if not optimizer_step(engine):
-        reset_optimizer(engine, 0)  # saved before the first step: the moments do not exist yet
-    params = dict(named_parameters(engine))
-    shards = plan_shards({name: 4 * full_shape(param).numel() for name, param in params.items()}, mesh.world)
-    for first in range(0, len(shards), mesh.world):
-        weights: dict[str, Tensor] = {}
-        moments: dict[str, Tensor] = {}
-        for owner, names in enumerate(shards[first : first + mesh.world]):
-            for name in names:
-                for key in (WEIGHT, *MOMENTS):
-                    full = get_full(engine, params[name], key)
-                    if owner == mesh.rank and key == WEIGHT:
-                        weights[name] = copy(name, full)
-                    elif owner == mesh.rank:
-                        moments[f"{key}.{name}"] = copy(f"{key}.{name}", full)
-        if weights:
-            take(first + mesh.rank, weights, moments)
 
 
 def _host_copy(key: str, full: Tensor) -> Tensor:

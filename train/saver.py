@@ -27,9 +27,10 @@ from torch import Tensor
 
 from conf.paths import checkpoint_name
 from conf.schema import TrainConfig
-from train.checkpoint import Entries, begin, collect_shards, commit, prune, save_checkpoint, together, write_shard
+from train.checkpoint import Entries, begin, commit, prune, save_checkpoint, together, write_shard
 from train.engine import DeepSpeedEngine
 from train.mesh import Mesh
+from train.shards import collect_shards
 from train.state import TrainState
 
 T = TypeVar("T")

@@ -109,6 +109,23 @@ def get_full(engine: DeepSpeedEngine, param: nn.Parameter, key: str) -> Tensor:
     return full.reshape(full_shape(param))
 
 
+def lies_whole(engine: DeepSpeedEngine, param: nn.Parameter) -> bool:
+    """Whether this rank's partition has all of `param` and no other rank's any, as ZeRO 1 and 2 cut. Local."""
+    mapping = getattr(param, "_hp_mapping", None)
+    return (
+        engine.zero_optimization_stage() in (1, 2)
+        and mapping is not None
+        and int(mapping.lp_fragment_address.numel) == param.numel()
+    )
+
+
+def get_own(engine: DeepSpeedEngine, param: nn.Parameter, key: str) -> Tensor:
+    """As `get_full`, where `lies_whole`: the optimizer's own tensor, which the next step changes. Local."""
+    mapping: Any = param._hp_mapping  # type: ignore[attr-defined]
+    fragment: Tensor = mapping.get_hp_fragment(key or None)
+    return fragment.detach().reshape(param.shape)
+
+
 def put_full(engine: DeepSpeedEngine, param: nn.Parameter, key: str, value: Tensor) -> None:
     """Overwrite what `get_full` reads. The model's own (bf16) copy is not touched: see `put_weights`. Local."""
     from deepspeed.utils import (

@@ -12,8 +12,9 @@ from safetensors.numpy import load_file
 
 from conf.paths import checkpoint_name
 from tests.gloo import GlooPool
-from tests.train import jobs
-from train.checkpoint import plan_shards, prune
+from tests.train import jobs, save_jobs
+from train.checkpoint import prune
+from train.shards import deal, plan_shards
 
 PAIRS = [  # saved by (world, ZeRO stage, precision), loaded by (world, ZeRO stage, precision)
     ((2, 3, "fp32"), (1, 0, "fp32")),
@@ -93,7 +94,7 @@ def test_what_lies_on_disk(pool2: GlooPool, tmp_path: Path) -> None:
 
 
 def test_a_kill_at_any_point_leaves_a_valid_checkpoint(pool1: GlooPool, tmp_path: Path) -> None:
-    outcomes = pool1(jobs.interrupted_saves, str(tmp_path))[0]
+    outcomes = pool1(save_jobs.interrupted_saves, str(tmp_path))[0]
     assert len(outcomes) > 6
     *killed, completed = outcomes
     assert completed[1:] == (checkpoint_name(2), False)
@@ -104,7 +105,7 @@ def test_a_kill_at_any_point_leaves_a_valid_checkpoint(pool1: GlooPool, tmp_path
 
 
 def test_a_full_disk_on_one_rank_stops_all_with_one_line(pool2: GlooPool, tmp_path: Path) -> None:
-    for result in pool2(jobs.full_disk, str(tmp_path)):
+    for result in pool2(save_jobs.full_disk, str(tmp_path)):
         assert "rank 1: No space left on device" in result["message"]
         assert "\n" not in result["message"]
         assert result["after_failure"] == []
@@ -168,3 +169,21 @@ def test_shards_hold_every_parameter_once_and_respect_the_limit(world: int) -> N
     assert [name for shard in shards for name in shard] == list(sizes)
     assert all(sum(sizes[n] for n in shard) <= 64 or shard == ["huge"] for shard in shards)
     assert len(plan_shards({"a": 10, "b": 10, "c": 10, "d": 10}, world)) >= world
+
+
+def test_what_has_a_home_is_written_there_and_the_rest_takes_turns() -> None:
+    sizes = {f"p{i}": 8 for i in range(12)}
+    homes = {f"p{i}": i // 4 for i in range(8)}
+    shards = deal(sizes, homes, world=3, limit=16)
+    assert sorted(name for _, names in shards for name in names) == sorted(sizes)
+    for owner, names in shards:
+        assert len(names) <= 2 and ({homes[name] for name in names if name in homes} <= {owner})
+        assert len({name in homes for name in names}) == 1  # never both kinds in one: only the rest is collective
+    assert sorted({owner for owner, names in shards if names[0] not in homes}) == [0, 1, 2]
+
+
+@pytest.mark.parametrize("zero_stage", [1, 2])
+def test_partitions_are_saved_without_the_other_ranks(pool2: GlooPool, zero_stage: int) -> None:
+    """All parameters but the one or two that a border cuts lie whole on a rank, and read there as they do full."""
+    whole, cut, equal = pool2(save_jobs.own_and_full, zero_stage)[0]
+    assert len(whole) == 2 and all(whole) and len(cut) <= 2 and equal
