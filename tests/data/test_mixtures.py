@@ -5,9 +5,12 @@ from collections import Counter
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
+from conf.constants import IGNORE_INDEX
 from conf.errors import UserError
 from conf.schema import DomainRule, StageConfig, StageDataConfig
+from data.batch import Batch
 from data.batch_hash import rows_hash
 from data.loader import TrainLoader
 from data.source import StageSource
@@ -37,6 +40,7 @@ RULES = st.builds(
     max_length=st.sampled_from([0, 0, 95]),
     long=st.sampled_from(["auto", "split", "truncate"]),
     upsample=st.sampled_from([{}, {5: 2.0}, {1: 0.75, 92: 2.5}]),
+    loss_weight=st.sampled_from([1.0, 1.0, 0.25]),
 )
 SHAPES = st.sampled_from([(w, m) for w in (1, 2, 4) for m in (1, 2, 4) if w * m <= GLOBAL_BATCH])
 
@@ -58,10 +62,15 @@ def stages(draw: st.DrawFn) -> StageConfig:
     )
 
 
+def weights_of(batch: Batch) -> Tensor:
+    return (batch.labels != IGNORE_INDEX).float() if batch.weights is None else batch.weights
+
+
 def stream(
     sets: dict[str, TokenStore], stage: StageConfig, shape: tuple[int, int], seed: int, start: int, depth: int
 ) -> tuple[list[int], list[Counter[tuple[int, ...]]], list[dict[str, object]]]:
-    """Per step from `start`: hash over all ranks, rows (ids, labels, positions) as a multiset, rank 0's state."""
+    """Per step from `start`: hash over all ranks, rows (ids, labels, positions, weights) as a multiset, rank 0's
+    state."""
     world, stage.micro_batch = shape
     loaders = [
         TrainLoader(stage, sets, seed=seed, dp_rank=r, dp_world=world, start_step=start, name="s", prefetch=depth)
@@ -71,7 +80,8 @@ def stream(
     for parts in zip(*loaders, strict=True):
         batches = [batch for own, _ in parts for batch in own]
         hashes.append(sum(rows_hash(own) for own, _ in parts) % 2**64)
-        tensors = [t for b in batches for t in zip(b.input_ids, b.labels, b.positions, strict=True)]
+        fields = [(b.input_ids, b.labels, b.positions, weights_of(b)) for b in batches]
+        tensors = [t for one in fields for t in zip(*one, strict=True)]
         rows.append(Counter(tuple(value for t in row for value in t.tolist()) for row in tensors))
         states.append(parts[0][1])
     return hashes, rows, states
