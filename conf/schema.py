@@ -537,8 +537,8 @@ class LoaderBenchConfig:
 class StudyConfig:
     """Root of `moba study NAME`: a plan of conf/study/, run at one of its scales."""
 
-    name: str = MISSING  # a plan: parity | trailing | granularity | sft_hybrid | extension | speed; or list
-    scale: str = "tiny"  # a scale of the plan: tiny (a CPU, a minute) | h200 (one GPU, minutes), or one you add
+    name: str = MISSING  # a plan of conf/study: parity, trailing, granularity, sft_hybrid, extension, speed; or list
+    scale: str = "tiny"  # of the plan: tiny (a CPU, a minute), h200 (one GPU, minutes), or one you add
     out: str = ""  # folder of page, JSON and plots; empty: docs/results/NAME, for tiny runs/study/NAME-tiny/results
     runs: str = ""  # run folders of the arms; empty: runs/study/NAME-SCALE
     dataset: str = ""  # folder of the prepared sets; empty: runs/data/study-CHARS, made when it is not there
