@@ -119,8 +119,8 @@ def _run_text(plan: Plan, config: StudyConfig, results: Sequence[Json]) -> str:
         f"{len(done)} arms on {places}; commits {commits}; {dates}. Every arm that finished is below. Errors "
         "behind ± of a mean are standard errors over seeds; differences are taken document by document. Tokens "
         "are those of the arm's own training, its start not counted. Device seconds are the sum of the steps; "
-        "arms of a study that ran side by side (column), and studies that ran at the same time, shared the GPU: their "
-        "seconds compare with nothing."
+        "arms of a study that ran side by side (column), and studies that ran at the same time, shared the GPU: "
+        "their seconds compare with nothing."
     )
     return text + (f" Planned and not run, for lack of device time: {', '.join(missing)}." if missing else "")
 

@@ -1,7 +1,7 @@
 """Runs arms of a study in this process: `python -m launch.study.worker REQUEST`, started by `launch.study.run`.
 
-Each arm is an ordinary run: composed, checked, prepared and trained by `launch.train` and `train.run`, without a new
-process per stage. Several workers share the arms by locks; an arm whose result exists is not repeated.
+Each arm is an ordinary run: composed, checked, prepared and trained by `launch.train` and `train.run`, but not in
+a new process per stage. Several workers share the arms by locks; an arm whose result exists is not repeated.
 """
 
 from __future__ import annotations

@@ -1,0 +1,98 @@
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+
+from conf.schema import StudyConfig
+from launch.cli import main
+from launch.study.places import Places
+from launch.study.speed_page import speed_parts
+from tests.launch.study.texts import make_packages
+
+TINY = ["stages.main.seq_len=64", "stages.main.tokens=512", "stages.main.global_batch=1", "model.num_layers=1"]
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
+    """A trailing study from scratch, smaller than tiny, run once."""
+    root = tmp_path_factory.mktemp("study")
+    text = make_packages(root / "in", 40)
+    quoted = ",".join(f"'{line}'" for line in TINY)
+    command = [
+        "study", "trailing", "arms=[train-full,train-moba]", "seeds=[0]", f"text=[{text}]", f"set=[{quoted}]",
+        f"out={root / 'results'}", f"runs={root / 'runs'}", f"dataset={root / 'data'}", "workers=2",
+    ]  # fmt: skip
+    assert main(command) == 0
+    return root, command
+
+
+def test_every_arm_leaves_its_losses_by_document_and_a_page(study: tuple[Path, list[str]]) -> None:
+    root, _ = study
+    results = {path.stem: json.loads(path.read_text()) for path in (root / "results" / "arms").glob("*.json")}
+    assert set(results) == {"train-full-s0", "train-moba-s0"}
+    moba = results["train-moba-s0"]
+    assert moba["train"]["steps"][-1][0] == 512 and moba["plans"]["moba"] == "moba 32x3"
+    documents = moba["losses"][0]["documents"]
+    assert documents and all(len(one["moba"]["buckets"]) == 16 for one in documents)
+    first = results["train-full-s0"]["train"]["steps"][0][1]
+    assert first == pytest.approx(moba["train"]["steps"][0][1], abs=1e-4)  # 64 tokens, 3 blocks of 32: all is read
+    page = (root / "results" / "README.md").read_text()
+    for text in (
+        "## Expected",
+        "| moba | 1 |",
+        "`train-moba-s0`",
+        "one seed",
+        "Planned and not run",
+        "train-hybrid-s1",
+    ):
+        assert text in page
+    assert (root / "results" / "position-train.png").is_file()
+
+
+def test_only_what_is_missing_is_run_again(
+    study: tuple[Path, list[str]], capfd: pytest.CaptureFixture[str]
+) -> None:
+    root, command = study
+    kept = root / "results" / "arms" / "train-full-s0.json"
+    lost = root / "results" / "arms" / "train-moba-s0.json"
+    before, old = kept.stat().st_mtime_ns, json.loads(lost.read_text())
+    lost.unlink()
+    assert main(command[:-1]) == 0
+    assert kept.stat().st_mtime_ns == before
+    assert json.loads(lost.read_text())["losses"] == old["losses"]  # measured again, from the finished run
+    assert "1 of 2 arms to run" in capfd.readouterr().out
+
+
+def test_no_arm_begins_after_its_time(study: tuple[Path, list[str]], capfd: pytest.CaptureFixture[str]) -> None:
+    root, _ = study
+    places = Places(root / "late", root / "runs-late", root / "data")
+    from launch.study.worker import work
+
+    config = StudyConfig(
+        name="trailing", arms=["train-full"], out=str(places.out), runs=str(places.runs), joined=False
+    )
+    assert work(config, deadline=time.time() - 1) == 0
+    assert not places.out.exists()
+
+
+def test_speed_shows_what_is_stored(tmp_path: Path) -> None:
+    rows = [
+        {"seq_len": n, "num_heads": 1, "num_kv_heads": 1, "head_dim": 128, "block_size": n // 64, "topk": 3,
+         "error": 0.002, "fwd_ms": n / 1e5, "dense_fwd_ms": (n / 1e5) ** 2}
+        for n in (1 << 17, 1 << 18)
+    ]  # fmt: skip
+    report = {"gpu": "NVIDIA H200", "commit": "0" * 40, "date": "2026-01-01", "rows": rows}
+    (tmp_path / "fixed-share.json").write_text(json.dumps(report))
+    text = "\n".join(speed_parts(tmp_path))
+    assert "to the power 1.00, dense attention's 2.00" in text and (tmp_path / "fixed-share.png").is_file()
+
+
+def test_list_and_bad_names(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["study", "list"]) == 0
+    assert "granularity" in capsys.readouterr().out
+    assert main(["study", "nothing"]) == 2
+    assert main(["study", "parity", "workers=0"]) == 2
+    assert capsys.readouterr().err.count("error: ") == 2
