@@ -537,15 +537,15 @@ class LoaderBenchConfig:
 class StudyConfig:
     """Root of `moba study NAME`: a plan of conf/study/, run at one of its scales."""
 
-    name: str = MISSING  # a plan of conf/study: parity, trailing, granularity, sft_hybrid, extension, speed; or list
+    name: str = MISSING  # parity, trailing, granularity, sft_hybrid, extension or speed; list shows them
     scale: str = "tiny"  # of the plan: tiny (a CPU, a minute), h200 (one GPU, minutes), or one you add
-    out: str = ""  # folder of page, JSON and plots; empty: docs/results/NAME, for tiny runs/study/NAME-tiny/results
+    out: str = ""  # of page, JSON and plots; empty: docs/results/NAME, for tiny runs/study/NAME-tiny/results
     runs: str = ""  # run folders of the arms; empty: runs/study/NAME-SCALE
     dataset: str = ""  # folder of the prepared sets; empty: runs/data/study-CHARS, made when it is not there
     text: list[str] = field(default_factory=list)  # folders of text, a package each; empty: what Python has here
     arms: list[str] = field(default_factory=list)  # only arms whose names begin so; empty: all
     seeds: list[int] = field(default_factory=list)  # empty: those of the scale
-    set: list[str] = field(default_factory=list)  # overrides of `moba train` for every arm, after those of the plan
+    set: list[str] = field(default_factory=list)  # more overrides of `moba train`, in every arm
     workers: int = 1  # processes side by side on this machine, each with arms of its own
     joined: bool = True  # arms one after another in a worker's process; false: each a `moba train` of its own
     minutes: float = 0.0  # after so many no arm is begun; 0: no limit
