@@ -76,7 +76,7 @@ def generate(
         prefixes.clear()
     logits_RV = model.prefill(ids_RS.to(parameter.device), cache, prefill_plans, chunk)
     if prefixes is not None and sharing:
-        prefixes.keep(cache, ids_RS)
+        prefixes.keep(cache, ids_RS, parallel)
     decode = Decoder(model, cache, decode_plans, max_new_tokens - 1)
     new_RS: list[list[int]] = [[] for _ in prompts]
     running = set(range(len(prompts)))

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 from model.cache import KVCache, Prefix
+from model.parallel_generation import all_say
+from model.sequence_parallel import SequenceParallel
 
 MIN_SHARED = 64  # fewer tokens are not worth a copy
 
@@ -47,12 +49,16 @@ class Prefixes:
         if shared >= MIN_SHARED:
             cache.begin_with(shared, self.stored, kept)
 
-    def keep(self, cache: KVCache, ids_RS: Tensor) -> None:
-        """After a prefill: remember its first prompt, if a row more fits beside the most memory used so far."""
+    def keep(self, cache: KVCache, ids_RS: Tensor, parallel: SequenceParallel | None = None) -> None:
+        """After a prefill: remember its first prompt, if a row more fits beside the most memory used so far, on
+        every rank of `parallel`."""
         held = sum(x.nbytes for x in (*self.stored.keys, *self.stored.values)) if self.stored else 0
         self.clear(self.owner)
         row = sum(x[0, : cache.lengths[0]].nbytes for x in (*cache.keys, *cache.values))
-        if row > held + _room(cache.keys[0].device):
+        fits = row <= held + _room(cache.keys[0].device)
+        if parallel is not None:  # ranks that start from different places would wait for each other forever
+            fits = all_say(parallel, fits, cache.keys[0].device)
+        if not fits:
             return
         self.tokens, self.stored = ids_RS[0, : cache.lengths[0]].clone(), cache.prefix()
 

@@ -73,6 +73,13 @@ def agree(parallel: SequenceParallel, token_R: Tensor, more: bool) -> tuple[Tens
     return box[:-1], bool(box[-1])
 
 
+def all_say(parallel: SequenceParallel, yes: bool, device: torch.device) -> bool:
+    """Whether every rank of the group says yes."""
+    box = torch.tensor([int(yes)], device=device)
+    dist.all_reduce(box, dist.ReduceOp.MIN, group=parallel.group)
+    return bool(box)
+
+
 @torch.no_grad()
 def parallel_prefill(
     model: CausalLM, input_ids_RS: Tensor, cache: KVCache, plans: Sequence[LayerPlan], chunk: int
