@@ -61,7 +61,6 @@ SHAPES = {
         ("engine.precision=fp32", f"{_PLAN}.full_after=0.75", f"{_PLAN}.full_last_layers=1"),
     ),
 }
-STEPS, SAVE = 4, 2
 
 
 def say(text: str) -> None:
@@ -100,14 +99,14 @@ def save_folder(shape: Shape, texts: Path, folder: Path, device: str) -> None:
     model.to(torch.bfloat16 if device == "cuda" else torch.float32).save_pretrained(folder)
 
 
-def command(shape: Shape, work: Path, out: Path, every: int, extra: list[str]) -> list[str]:
+def command(shape: Shape, work: Path, out: Path, steps: int, every: int, extra: list[str]) -> list[str]:
     # fmt: off
     return [
         sys.executable, "-m", "launch.cli", "train", "recipe=extend_to_32k",
         f"init.hf={work / 'hf'}", f"out={out}",
         f"data.sets.text.source={work / 'texts'}", f"data.sets.text.path={work / 'data'}", "launch.nproc=1",
         f"stages.extend.seq_len={shape.seq_len}", "stages.extend.global_batch=1",
-        f"stages.extend.tokens={STEPS * shape.seq_len}", "stages.extend.rope.kind=inherit",
+        f"stages.extend.tokens={steps * shape.seq_len}", "stages.extend.rope.kind=inherit",
         "stages.extend.rope.factor=0", f"stages.extend.attention.block_size={shape.block_size}",
         *shape.overrides,
         "stages.extend.lr.peak=3e-4", f"checkpoint.every={every}", "checkpoint.background=false",
@@ -148,21 +147,21 @@ def speeds(out: Path) -> list[int]:
     return [round(row["tokens_per_s"]) for row in read if row["kind"] == "train"]
 
 
-def train(shape: Shape, work: Path, extra: list[str]) -> dict[str, Any]:
+def train(shape: Shape, work: Path, steps: int, extra: list[str]) -> dict[str, Any]:
     """Both runs. The undisturbed one ends with its last row: nothing is made of its weights."""
     from conf.paths import RunPaths
 
     alone, killed, logs = work / "alone", work / "killed", (work / "alone.log", work / "killed.log")
-    arguments = command(shape, work, killed, SAVE, extra)
+    arguments = command(shape, work, killed, steps, steps // 2, extra)
     second = start(arguments, logs[1])
-    first = start(command(shape, work, alone, 0, extra), logs[0])
-    saved = RunPaths(killed).checkpoints / f"step-{SAVE:08d}"
+    first = start(command(shape, work, alone, steps, 0, extra), logs[0])
+    saved = RunPaths(killed).checkpoints / f"step-{steps // 2:08d}"
     wait_for(saved.is_dir, second, logs[1], 300)
     second.send_signal(signal.SIGKILL)
     second.wait()
-    say(f"killed after {len(rows(killed))} rows, step {SAVE} saved; again")
+    say(f"killed after {len(rows(killed))} rows, step {steps // 2} saved; again")
     second = start(arguments, logs[1])
-    wait_for(lambda: len(rows(alone)) == STEPS, first, logs[0], 300)
+    wait_for(lambda: len(rows(alone)) == steps, first, logs[0], 300)
     first.kill()
     first.wait()
     wait_for(lambda: second.poll() == 0, second, logs[1], 300)
@@ -245,6 +244,7 @@ def main() -> int:
     parser.add_argument("--shape", choices=SHAPES, default="tiny")
     parser.add_argument("--work", type=Path, default=ROOT / "runs" / "continue_folder", help="emptied first")
     parser.add_argument("--out", type=Path, help="JSON file")
+    parser.add_argument("--steps", type=int, default=4, help="of training, half of them before the kill")
     parser.add_argument("overrides", nargs="*", help="more keys of moba train")
     options = parser.parse_args()
     import torch
@@ -261,7 +261,7 @@ def main() -> int:
         torch.cuda.empty_cache()
     say(f"saved by transformers: {options.shape}, {device}")
     result: dict[str, Any] = {"benchmark": "continue_folder", "shape": options.shape, **environment(device)}
-    result["train"] = train(shape, work, options.overrides)
+    result["train"] = train(shape, work, options.steps, options.overrides)
     result["compared"] = compare(shape, work, device)
     result["seconds"] = round(time.monotonic() - BEGAN, 1)
     result["differs"] = verdict(result)
