@@ -89,7 +89,7 @@ def _dkv_kernel(
     FUSED: tl.constexpr,
     SPLIT: tl.constexpr,
     EVEN: tl.constexpr,  # block_size % KEYS == 0
-    POINTERS: tl.constexpr,  # to keys and values
+    POINTERS: tl.constexpr,  # to keys and values, else descriptors
     STAGES: tl.constexpr,
 ):
     """Program = (block, key head, KEYS of its keys): the first `segment` list entries and the own block.
@@ -121,7 +121,7 @@ def _dkv_kernel(
         d = tl.arange(0, D)
         r = tl.arange(0, ROWS)
         key = first_key + n
-        if POINTERS:  # measured: as descriptors the operands would spill here, as pointers they are slower below
+        if POINTERS:
             at_key = (key.to(tl.int64) * num_kv_heads + head)[:, None] * D + d[None, :]
             k = tl.load(k_ptr + at_key, mask=(key < end)[:, None], other=0.0)
             v = tl.load(v_ptr + at_key, mask=(key < end)[:, None], other=0.0)
@@ -163,9 +163,7 @@ def _dkv_kernel(
         num = (end - start + (ROWS - 1)) // ROWS
         if begin > 0:
             num = 0
-        # With pointers not pipelined: there, accumulators that two pipelined loops hand over make ptxas wait for
-        # every single matrix instruction of the kernel.
-        for i in tl.range(0, num * G, num_stages=1 if POINTERS else STAGES):
+        for i in tl.range(0, num * G, num_stages=STAGES):
             query_head = head * G + i % G
             first = start + i // G * ROWS
             token = first + r

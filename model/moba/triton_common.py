@@ -10,7 +10,6 @@ Scores live in the base-2 domain: `scale_log2 = softmax_scale * log2(e)`, lse2 =
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from dataclasses import dataclass
 from functools import cache
@@ -85,6 +84,8 @@ def tiles_for(head_dim: int, block_size: int, num_blocks: int) -> Tiles:
             stationary_dq=cover is not None,
             stream=3,
             fused=cover,
+            fused_pointers=whole < 32,
+            combine_split=head_dim > 16,
         )
     gate = Tile(rows=64, keys=32 if num_blocks <= 80 else 64, warps=4, stages=1)
     return _covered(head_dim, gate, whole) if whole <= 128 else _streamed(head_dim, gate, block_size)
@@ -95,7 +96,6 @@ def _covered(head_dim: int, gate: Tile, whole: int) -> Tiles:
     keys = min(64, whole)
     wide = head_dim > 64
     dkv = Tile(rows=64, keys=max(64, whole), warps=8 if whole == 128 else 4, stages=3)
-    fused = dataclasses.replace(dkv, stages=3) if wide else dkv
     return Tiles(
         gate=gate,
         routed=Tile(rows=64, keys=whole, warps=4, stages=3, max_registers=0 if wide else 128),
@@ -106,8 +106,8 @@ def _covered(head_dim: int, gate: Tile, whole: int) -> Tiles:
         stationary=True,
         stationary_dq=True,
         stream=16,
-        fused=fused,
-        fused_pointers=not wide,
+        fused=dkv,
+        fused_pointers=not (wide and whole == 128),
         combine_split=False,
         ahead=3 if wide else 2,
     )
@@ -125,19 +125,17 @@ def _streamed(head_dim: int, gate: Tile, block_size: int) -> Tiles:
             merge=Tile(64, 64, 4, 2, 128),
             stationary=False,
             stationary_dq=False,
-            combine_split=True,
         )
     short = block_size <= 1024
     return Tiles(
         gate=gate,
         routed=Tile(128, 64, 8, 2, 128),
-        combine=Tile(64, 64, 4, 1, 168) if short else Tile(64, 64, 4, 1, 128),
+        combine=Tile(64, 64, 4, 1, 168 if short else 128),
         dq=Tile(128, 32, 8, 3, 128) if block_size <= 2048 else Tile(128, 64, 8, 3),
         dkv=Tile(64, 128, 8, 3),
         merge=Tile(64, 32, 4, 2, 168) if short else Tile(64, 64, 4, 2),
         stationary=False,
         stationary_dq=False,
-        combine_split=True,
         ahead=3 if short else 2,
     )
 

@@ -9,7 +9,6 @@ Shape legend: triton_common.py.
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any
 
 import torch
@@ -24,8 +23,6 @@ from model.moba.triton_backward_kv import dkv, fill_list_sums
 from model.moba.triton_forward import combine, routed
 from model.moba.triton_lists import Lists
 from model.moba.triton_plan import Plan, default_budget, make_plan
-
-OVERLAP = False
 
 
 def attend(
@@ -173,28 +170,14 @@ def backward_pass(
                 tiles.fused_pointers)  # fmt: skip
             merge_dq(*inputs, part, block_ids, table, dq, heads, range(T), softmax_scale, tiles)
             continue
-        beside = OVERLAP and plan.tokens >= T and q_THD.is_cuda
         for tokens in plan.token_ranges(T):
             work = lists.tiles(dq_rows, tokens.start, tokens.stop)
             part_c = part[:, : len(tokens)]
             dq_partials(*inputs, part_c, list_lse, list_delta, lists, work, table, tokens.start, scale_log2,
                         tiles.dq, tiles.stationary_dq)  # fmt: skip
-            if not beside:
-                merge_dq(*inputs, part_c, block_ids, table, dq, heads, tokens, softmax_scale, tiles)
-        if beside:  # the merge fills multiprocessors that the last dk, dv programs leave idle
-            main, side = torch.cuda.current_stream(), _side_stream(q_THD.device)
-            side.wait_stream(main)
-            with torch.cuda.stream(side):
-                merge_dq(*inputs, part, block_ids, table, dq, heads, range(T), softmax_scale, tiles)
+            merge_dq(*inputs, part_c, block_ids, table, dq, heads, tokens, softmax_scale, tiles)
         dkv(*inputs, lists, list_lse, list_delta, None, table, dk, dv, heads, softmax_scale, tiles.dkv)
-        if beside:
-            main.wait_stream(side)
     return dq, dk, dv
-
-
-@cache
-def _side_stream(device: torch.device) -> torch.cuda.Stream:
-    return torch.cuda.Stream(device, priority=0)
 
 
 def _plan(q_THD: Tensor, k_THD: Tensor, slots: int, budget: int) -> Plan:

@@ -46,9 +46,7 @@ def tiles_for(head_dim: int, block_size: int) -> UnionTiles:
         return UnionTiles(forward=small, dq=small, dkv=small)
     if head_dim <= 64:
         return UnionTiles(Tile(128, keys, 8, 2, 128), Tile(128, keys, 8, 3, 128), Tile(64, 64, 4, 3))
-    # dk, dv put keys on the rows of the product, of which there are at least 64
-    dkv = Tile(64, 64, 4, 2)
-    return UnionTiles(forward=Tile(128, keys, 8, 2, 128), dq=Tile(128, keys, 8, 3, 0), dkv=dkv)
+    return UnionTiles(forward=Tile(128, keys, 8, 2, 128), dq=Tile(128, keys, 8, 3), dkv=Tile(64, 64, 4, 2))
 
 
 @triton.jit

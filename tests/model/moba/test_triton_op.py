@@ -31,6 +31,8 @@ CASES = {
     "three query heads per key head": ([64], 6, 2, 16, 32, 2),
     "own block only": ([50, 14], 4, 2, 16, 16, 1),
     "more slots than past blocks": ([64], 4, 4, 16, 16, 9),
+    "more slots than are read at once": ([330], 1, 1, 16, 16, 19),
+    "a wide head, ragged tail": ([50, 45], 2, 1, 32, 32, 3),
 }
 
 
