@@ -82,7 +82,7 @@ def build_corpus(
             documents += 1
     building.rename(out)
     about = {
-        "roots": [str(root) for root in roots], "files": kept.files, "chars": kept.chars, "documents": documents,
+        "roots": [root.name for root in roots], "files": kept.files, "chars": kept.chars, "documents": documents,
         "sizes": list(sizes), "left_out": kept.left_out,
         "near_duplicate": f"more than {SEEN:.0%} of {SHINGLE}-line shingles seen before",
     }  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from eval.files import write_atomic
 from launch.study.pictures import Arms, draw_all
 from launch.study.places import Places
 from launch.study.plan import Group, Plan, arms_of
+from launch.study.sets import TEXT
 from launch.study.stats import (
     Json,
     baseline_of,
@@ -46,7 +48,12 @@ def write_page(plan: Plan, config: StudyConfig, places: Places) -> Path:
         parts += _group_parts(name, group, by_choice(results, name, group))
     parts += [f"![{Path(file).stem}]({file})" for file in pictures]
     if not plan.timed:
-        parts += ["## What was run", _run_text(plan, config, results), _arms_table(results)]
+        parts += [
+            "## What was run",
+            _run_text(plan, config, results),
+            _text_text(places.out),
+            _arms_table(results),
+        ]
     parts += ["## What differs from the paper", plan.differs, "## Again, at any size", _again(plan, config)]
     path = places.out / "README.md"
     write_atomic(path, ("\n\n".join(part.strip() for part in parts if part.strip()) + "\n").encode())
@@ -123,6 +130,24 @@ def _run_text(plan: Plan, config: StudyConfig, results: Sequence[Json]) -> str:
         "their seconds compare with nothing."
     )
     return text + (f" Planned and not run, for lack of device time: {', '.join(missing)}." if missing else "")
+
+
+def _text_text(out: Path) -> str:
+    """Where the text is from, and how it was split; nothing if that was not recorded."""
+    path = out / TEXT
+    if not path.is_file():
+        return ""
+    facts = json.loads(path.read_text(encoding="utf-8"))
+    train, held = facts["splits"]["train"], facts["splits"]["heldout"]
+    left_out = ", ".join(f"{n:,} {reason}" for reason, n in facts["left_out"].items())
+    return (
+        f"Text: {facts['files']:,} files, {facts['chars'] / 1e6:.1f} million characters of source code and "
+        f"documentation below {', '.join(facts['roots'])}, as {facts['documents']} documents of neighbouring files "
+        f"of a package. Left out: {left_out} (near-duplicate: {facts['near_duplicate']}). Trained on "
+        f"{train['tokens'] / 1e6:.1f}M tokens, of which an arm may see parts that its start has seen; "
+        f"{held['documents']} documents with {held['tokens'] / 1e6:.1f}M tokens are held out, and no file is in "
+        f"both. Vocabulary: {facts['vocab_size']:,}."
+    )
 
 
 def _arms_table(results: Sequence[Json]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,7 +32,8 @@ class Places:
         runs = Path(config.runs or f"runs/study/{config.name}-{config.scale}")
         small = config.scale == "tiny"
         out = Path(config.out) if config.out else runs / "results" if small else RESULTS / config.name
-        return cls(out, runs, Path(config.dataset or f"runs/data/study-{values.get('chars', 0)}"))
+        own = "-" + hashlib.sha256(repr(config.text).encode()).hexdigest()[:8] if config.text else ""
+        return cls(out, runs, Path(config.dataset or f"runs/data/study-{values.get('chars', 0)}{own}"))
 
     def result(self, arm: Arm) -> Path:
         return self.result_of(arm.name)

@@ -40,7 +40,7 @@ def _speed(plan: Plan, config: StudyConfig, places: Places) -> int:
 
 
 def _train_arms(plan: Plan, config: StudyConfig, places: Places, values: dict[str, Any]) -> int:
-    from launch.study.sets import ensure_sets
+    from launch.study.sets import describe_text, ensure_sets
 
     arms = arms_of(plan, config)
     left = [arm for arm in arms if not places.result(arm).is_file()]
@@ -48,6 +48,7 @@ def _train_arms(plan: Plan, config: StudyConfig, places: Places, values: dict[st
     if not left:
         return 0
     ensure_sets(plan, config, places, values)
+    describe_text(places)
     code = start_workers(config, places)
     missing = [arm.name for arm in arms if not places.result(arm).is_file()]
     if missing:

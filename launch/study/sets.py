@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from conf.schema import ReadConfig, StudyConfig, SyntheticConfig, TokenizerConfi
 from launch.study.places import Places, used_sets
 from launch.study.plan import Plan
 
+TEXT = "text.json"
 HELDOUT = 0.15  # share of documents
 TRAIN_CHARS = 12_000_000  # of text that the tokenizer is trained on
 
@@ -42,6 +44,21 @@ def ensure_sets(plan: Plan, config: StudyConfig, places: Places, values: dict[st
         made = SyntheticConfig(lengths=[int(n) for n in values["synthetic_lengths"]],
                                documents=int(values["synthetic_documents"]))  # fmt: skip
         prepare(places.data / "synthetic", "synthetic", HELDOUT, own, synthetic=made)
+
+
+def describe_text(places: Places) -> None:
+    """`text.json` in the results: what the text is made of and how it was split, if the data folder says."""
+    from data.manifest import load_manifest
+    from eval.files import write_json
+    from launch.study.corpus import ABOUT
+
+    about = places.data / f"source-{ABOUT}"
+    if not about.is_file() or (places.out / TEXT).is_file():
+        return
+    manifest = load_manifest(places.data / "text")
+    splits = {name: {"documents": one.documents, "tokens": one.tokens} for name, one in manifest.splits.items()}
+    facts = json.loads(about.read_text(encoding="utf-8"))
+    write_json(places.out / TEXT, {**facts, "vocab_size": manifest.vocab_size, "splits": splits})
 
 
 def _ensure_text(folder: Path, config: StudyConfig, values: dict[str, Any]) -> None:

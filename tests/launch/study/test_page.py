@@ -22,6 +22,7 @@ RESULTS = ROOT / "docs/results"
 def test_pages_are_what_their_results_say(name: str, tmp_path: Path) -> None:
     """A page in docs/results is written from the raw results beside it, by this code, and by nobody's hand."""
     shutil.copytree(RESULTS / name / "arms", tmp_path / "arms")
+    shutil.copy(RESULTS / name / "text.json", tmp_path)
     config = StudyConfig(name=name, scale="h200", out=str(tmp_path))
     page = write_page(load_plan(name), config, Places.of(config))
     assert page.read_text(encoding="utf-8") == (RESULTS / name / "README.md").read_text(encoding="utf-8")
