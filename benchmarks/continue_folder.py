@@ -262,6 +262,8 @@ def main() -> int:
     say(f"saved by transformers: {options.shape}, {device}")
     result: dict[str, Any] = {"benchmark": "continue_folder", "shape": options.shape, **environment(device)}
     result["train"] = train(shape, work, options.steps, options.overrides)
+    if options.out:  # what a time limit leaves
+        write_json(options.out, result | {"differs": ["not compared yet"]})
     result["compared"] = compare(shape, work, device)
     result["seconds"] = round(time.monotonic() - BEGAN, 1)
     result["differs"] = verdict(result)
