@@ -37,10 +37,12 @@ def commit(root: Path = ROOT) -> str:
     """The full hash of the checkout at `root`, or "unknown".
 
     Without history of its own (a copied tree, or a fresh repository around one) the environment variable
-    LONGMOBA_COMMIT counts, then a file COMMIT at the root.
+    LONGMOBA_COMMIT counts, then a file COMMIT at the root; also where sources differ from the history's last
+    commit, which is named only if nothing else is.
     """
-    stored = root / COMMIT_FILE
-    named = (_from_git(root), os.environ.get(COMMIT_VARIABLE, ""), stored.read_text() if stored.is_file() else "")
+    stored, history = root / COMMIT_FILE, _from_git(root)
+    named = [os.environ.get(COMMIT_VARIABLE, ""), stored.read_text() if stored.is_file() else ""]
+    named.insert(2 if history and _changed(root) else 0, history)
     return next((text.strip() for text in named if _HASH.fullmatch(text.strip())), "unknown")
 
 
@@ -51,9 +53,18 @@ def _from_git(root: Path) -> str:
     """
     if not (root / ".git").exists():
         return ""
-    command = ("git", "-c", f"safe.directory={root}", "-C", str(root), "rev-parse", "--verify", "--quiet", "HEAD")
     try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        done = _git(root, "rev-parse", "--verify", "--quiet", "HEAD")
     except OSError:
         return ""
     return done.stdout if done.returncode == 0 else ""
+
+
+def _changed(root: Path) -> bool:
+    """Whether tracked Python files differ from the last commit."""
+    return _git(root, "diff", "--quiet", "HEAD", "--", "*.py").returncode != 0
+
+
+def _git(root: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = ("git", "-c", f"safe.directory={root}", "-C", str(root), *arguments)
+    return subprocess.run(command, capture_output=True, text=True, check=False)

@@ -27,6 +27,18 @@ def test_a_checkout_names_its_commit(tmp_path, monkeypatch):
     assert commit(tmp_path) == _git(tmp_path, "rev-parse", "--verify", "HEAD")
 
 
+def test_a_history_that_the_sources_have_left_behind_comes_last(tmp_path, monkeypatch):
+    _git(tmp_path, "init", "-q")
+    (tmp_path / "a.py").write_text("one\n")
+    _git(tmp_path, "add", "a.py")
+    _git(tmp_path, "commit", "-q", "-m", "first")
+    head = _git(tmp_path, "rev-parse", "HEAD")
+    (tmp_path / "a.py").write_text("two\n")
+    assert commit(tmp_path) == head
+    monkeypatch.setenv(COMMIT_VARIABLE, ONE)
+    assert commit(tmp_path) == ONE
+
+
 def test_a_repository_without_commits_or_around_the_sources_is_no_answer(tmp_path, monkeypatch):
     _git(tmp_path, "init", "-q")
     assert commit(tmp_path) == "unknown"  # git itself would print HEAD
