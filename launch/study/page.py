@@ -142,8 +142,8 @@ def _text_text(out: Path) -> str:
     left_out = ", ".join(f"{n:,} {reason}" for reason, n in facts["left_out"].items())
     return (
         f"Text: {facts['files']:,} files, {facts['chars'] / 1e6:.1f} million characters of source code and "
-        f"documentation below {', '.join(facts['roots'])}, as {facts['documents']} documents of neighbouring files "
-        f"of a package. Left out: {left_out} (near-duplicate: {facts['near_duplicate']}). Trained on "
+        f"documentation below {', '.join(facts['roots'])}, as {facts['documents']} documents of neighbouring "
+        f"files of a package. Left out: {left_out} (near-duplicate: {facts['near_duplicate']}). Trained on "
         f"{train['tokens'] / 1e6:.1f}M tokens, of which an arm may see parts that its start has seen; "
         f"{held['documents']} documents with {held['tokens'] / 1e6:.1f}M tokens are held out, and no file is in "
         f"both. Vocabulary: {facts['vocab_size']:,}."

@@ -77,13 +77,12 @@ def _attention(report: Json) -> list[str]:
 
 
 def _steps(report: Json) -> list[str]:
-    lines = ["| tokens | attention | seconds per step | tokens/s | commit |", "|---|---|---|---|---|"]
+    lines = ["| tokens | attention | GPUs | seconds per step | tokens/s | commit |", "|---|---|---|---|---|---|"]
     for row in sorted(report["rows"], key=lambda row: (row["seq_len"], row["plan"])):
         seconds = row["seq_len"] / row["tokens_per_s"]
         commit = str(row.get("commit", report.get("commit", "")))[:7]
-        lines.append(
-            f"| {row['seq_len']:,} | {row['plan']} | {seconds:.3g} | {row['tokens_per_s']:,.0f} | `{commit}` |"
-        )
+        what = f"{row['seq_len']:,} | {row['plan']} | {row.get('processes', 1)}"
+        lines.append(f"| {what} | {seconds:.3g} | {row['tokens_per_s']:,.0f} | `{commit}` |")
     return ["**Whole steps**: `benchmarks/results/step-h200.json`, Llama-3.2-1B shape.", "\n".join(lines)]
 
 

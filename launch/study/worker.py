@@ -19,7 +19,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from conf.constants import EXIT_USER_ERROR
+from conf.constants import EXIT_REQUEUE, EXIT_USER_ERROR
 from conf.errors import UserError
 from conf.paths import RunPaths
 from conf.schema import StudyConfig, TrainConfig
@@ -34,19 +34,24 @@ Json = dict[str, Any]
 POLL_SECONDS = 0.5
 
 
+class Stopped(Exception):
+    """A signal asked for the end: no further arm is begun."""
+
+
 def work(config: StudyConfig, deadline: float = float("inf")) -> int:
     """Run every arm that no other worker has, until all are done or `deadline` (time.time()) has passed.
 
-    Returns 0, or 1 if an arm failed: the others are run all the same.
+    Returns 0; 1 if an arm failed (others that do not start from it are run all the same); 75 after a signal.
     """
     plan, places = load_plan(config.name), Places.of(config)
     arms, code = arms_of(plan, config), 0
     start = _joined_start() if config.joined else None
     failed: set[str] = set()
     while True:
+        failed |= {arm.name for arm in arms if arm.starts in failed}  # arms stand behind what they start from
         left = [arm for arm in arms if not places.result(arm).is_file() and arm.name not in failed]
         ready = [arm for arm in left if not arm.starts or places.result_of(arm.starts).is_file()]
-        if not left or time.time() > deadline or not (ready or _may_come(left, failed)):
+        if not left or time.time() > deadline:
             return code
         for arm in ready:
             if time.time() > deadline:
@@ -56,6 +61,8 @@ def work(config: StudyConfig, deadline: float = float("inf")) -> int:
                     continue
                 try:
                     run_arm(arm, plan, config, places, start)
+                except Stopped:
+                    return EXIT_REQUEUE
                 except Exception as error:  # one arm's failure must not take the others with it
                     traceback.print_exc()
                     complain(f"arm {arm.name}: {error}")
@@ -66,12 +73,13 @@ def work(config: StudyConfig, deadline: float = float("inf")) -> int:
             time.sleep(POLL_SECONDS)
 
 
-def _may_come(left: list[Arm], failed: set[str]) -> bool:
-    return any(arm.starts not in failed for arm in left)
-
-
 def run_arm(arm: Arm, plan: Plan, config: StudyConfig, places: Places, start: Start | None = None) -> None:
-    """Train, measure, and write the result; the run folder's checkpoint goes when nothing starts from it."""
+    """Train, measure, and write the result.
+
+    Raises:
+        Stopped: a signal ended the training, saved.
+        UserError: bad input, or the training failed.
+    """
     from eval.bench.environment import environment
     from eval.files import read_lines, write_atomic
     from launch.study.measure import measure
@@ -83,6 +91,8 @@ def run_arm(arm: Arm, plan: Plan, config: StudyConfig, places: Places, start: St
     began = time.perf_counter()
     resolved = train.resolve(overrides)
     code = train.run(resolved, start)
+    if code == EXIT_REQUEUE:
+        raise Stopped
     if code:
         raise UserError(f"its training ended with code {code}; its folder is {out}")
     trained = time.perf_counter()

@@ -6,9 +6,13 @@ from pathlib import Path
 
 import pytest
 
+from conf.constants import EXIT_REQUEUE
+from conf.errors import UserError
 from conf.schema import StudyConfig
 from launch.cli import main
+from launch.study import worker
 from launch.study.places import Places
+from launch.study.plan import Arm, Plan
 from launch.study.speed_page import speed_parts
 from tests.launch.study.texts import make_packages
 
@@ -69,12 +73,10 @@ def test_only_what_is_missing_is_run_again(
 def test_no_arm_begins_after_its_time(study: tuple[Path, list[str]], capfd: pytest.CaptureFixture[str]) -> None:
     root, _ = study
     places = Places(root / "late", root / "runs-late", root / "data")
-    from launch.study.worker import work
-
     config = StudyConfig(
         name="trailing", arms=["train-full"], out=str(places.out), runs=str(places.runs), joined=False
     )
-    assert work(config, deadline=time.time() - 1) == 0
+    assert worker.work(config, deadline=time.time() - 1) == 0
     assert not places.out.exists()
 
 
@@ -96,3 +98,23 @@ def test_list_and_bad_names(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["study", "nothing"]) == 2
     assert main(["study", "parity", "workers=0"]) == 2
     assert capsys.readouterr().err.count("error: ") == 2
+
+
+@pytest.mark.parametrize("error", [worker.Stopped(), UserError("broken")])
+def test_a_signal_ends_all_and_a_failure_only_what_starts_from_it(
+    error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a chain of four arms the second breaks: the third and fourth start from it and are not tried."""
+    config = StudyConfig(name="extension", out=str(tmp_path / "out"), runs=str(tmp_path / "runs"), joined=False)
+    tried: list[str] = []
+
+    def run_arm(arm: Arm, plan: Plan, config: StudyConfig, places: Places, start: object) -> None:
+        tried.append(arm.name)
+        if arm.name == "start-s0":
+            raise error
+        places.result(arm).parent.mkdir(parents=True, exist_ok=True)
+        places.result(arm).write_text("{}")
+
+    monkeypatch.setattr(worker, "run_arm", run_arm)
+    assert worker.work(config) == (EXIT_REQUEUE if isinstance(error, worker.Stopped) else 1)
+    assert tried == ["base-m-s0", "start-s0"]
