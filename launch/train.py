@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from conf.compose import compose_train, is_group, override_keys, recompose
+from conf.domains import set_of
 from conf.errors import UserError
 from conf.load import load_train_config, save_config
 from conf.paths import RunPaths
@@ -69,6 +70,7 @@ def prepare_data(config: TrainConfig, fresh: bool) -> None:
     `fresh`: nothing has been trained yet, so the folder that `init` names is looked at as well.
     """
     from data.prepare import prepare_sets
+    from data.source import StageSource
     from data.store import TokenStore
 
     if fresh:
@@ -76,14 +78,21 @@ def prepare_data(config: TrainConfig, fresh: bool) -> None:
     prepare_sets(config.data)
     if fresh:
         check_sets(config)
+    stores: dict[str, TokenStore] = {}
     for name, one in config.data.sets.items():
         key = f"data.sets.{name}"
-        store = TokenStore(Path(one.path), "train")
+        store = stores[name] = TokenStore(Path(one.path), "train")
         if store.vocab_size > config.model.vocab_size:
             raise UserError(
                 f"model.vocab_size={config.model.vocab_size} is below the {store.vocab_size} tokens of {key}'s "
                 f"tokenizer: use model.vocab_size={store.vocab_size} or another set"
             )
+    for name, stage in config.stages.items():
+        sets = {domain: stores[set_of(stage.data, domain)] for domain in stage.data.domains}
+        try:
+            StageSource(stage, sets, config.seed, name)  # packs too, once, before a worker waits for it
+        except UserError as error:
+            raise UserError(f"stages.{name}: {error}") from error
 
 
 COMMAND = Command(
