@@ -39,5 +39,6 @@ def console() -> Console:
 
 
 def complain(message: str) -> None:
-    """One line on stderr, as every refusal is printed."""
-    print(f"error: {' '.join(message.split())}", file=sys.stderr, flush=True)
+    """One line on stderr, as every refusal is printed; a terminal's control characters in it are spelled out."""
+    line = "".join(char if char.isprintable() else ascii(char)[1:-1] for char in " ".join(message.split()))
+    print(f"error: {line}", file=sys.stderr, flush=True)
