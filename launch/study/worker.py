@@ -102,7 +102,7 @@ def run_arm(arm: Arm, plan: Plan, config: StudyConfig, places: Places, start: St
     rows = [row for row in read_lines(RunPaths(out).metrics) if row["kind"] == "train"]
     result = {
         "arm": arm.name, "group": arm.group, "seed": arm.seed, "choices": arm.choices, "scale": config.scale,
-        "overrides": list(overrides[1:]), "starts": arm.starts, "workers": config.workers,
+        "overrides": [*arm.overrides, *config.set], "starts": arm.starts, "workers": config.workers,
         "environment": environment(_device_name()), "model": asdict(resolved.model), **measured,
         "train": _training(rows),
         "seconds": {"train": trained - began, "measure": time.perf_counter() - trained},
