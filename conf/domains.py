@@ -16,6 +16,6 @@ def set_of(data: StageDataConfig, domain: str) -> str:
 
 
 def trained_whole(source: str, read: ReadConfig, synthetic: SyntheticConfig) -> bool:
-    """Whether parts of the documents of a source are no targets: a cut could then leave half an answer to learn."""
+    """Whether parts of a source's documents are no targets: a cut could then leave half an answer to learn."""
     answers = source == "synthetic" and synthetic.loss == "answer"
     return answers or read.kind == "chat" or (read.kind == "tokens" and bool(read.weight))
