@@ -52,6 +52,33 @@ def key_gradients(q, dout, lse, delta, k, v, visible, scale_log2, dk, dv, MASK: 
 
 
 @triton.jit
+def own_rows(
+    q_desc, dout_desc, lse_desc, delta_desc, k, v, key, first_key, end, kv_head, padded_tokens, scale_log2, dk, dv,
+    active, G: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Adds the queries of the keys' own block, all heads of the group, to dk, dv [KEYS, D].
+
+    Tiles of tokens from first_key on, their start rounded down for aligned 1-D loads of lse and delta; tokens
+    before first_key see none of these keys.
+    """
+    start = first_key // 4 * 4
+    num = (end - start + (ROWS - 1)) // ROWS
+    if not active:
+        num = 0
+    for i in tl.range(0, num * G, num_stages=STAGES):
+        head = kv_head * G + i % G
+        first = start + i // G * ROWS
+        token = first + tl.arange(0, ROWS)
+        q = q_desc.load([first, head * D])
+        dout = dout_desc.load([first, head * D])
+        lse = lse_desc.load([head * padded_tokens + first])
+        delta = delta_desc.load([head * padded_tokens + first])
+        visible = key[:, None] <= tl.where(token < end, token, -1)[None, :]
+        dk, dv, _ = key_gradients(q, dout, lse, delta, k, v, visible, scale_log2, dk, dv, True)
+    return dk, dv
+
+
+@triton.jit
 def list_tile(tile_ptr, num_tiles_ptr):
     """This program's tile (see TileTable): list, first entry, number of entries, and whether there is one.
 

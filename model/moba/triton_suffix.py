@@ -18,8 +18,9 @@ from model.moba import triton_common as common
 from model.moba import triton_gate, triton_lists
 from model.moba.blocks import BlockTable, build_block_table
 from model.moba.choosers import by_position
-from model.moba.triton_forward import combine, routed
+from model.moba.triton_combine import combine
 from model.moba.triton_plan import default_budget, make_plan
+from model.moba.triton_routed import routed
 from model.schedule import LayerPlan
 
 

@@ -17,10 +17,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from model.moba import triton_backward as backward
-from model.moba import triton_backward_kv as backward_kv
+from model.moba import triton_combine, triton_dkv, triton_dq, triton_merge, triton_routed, triton_union_dq
 from model.moba import triton_common as common
-from model.moba import triton_forward as forward
 from model.moba import triton_gate as gate
 from model.moba import triton_union as union
 from model.moba import triton_union_backward as union_backward
@@ -110,25 +108,25 @@ def jobs(dim: int, block_size: int) -> list[tuple[str, Any, dict[str, Any], comm
     slots = {"SLOTS": common.slot_bits(7), "AHEAD": tiles.ahead}
     own = {"SPLIT": tiles.combine_split, "STAGES": tiles.combine.stages}
 
-    routed = forward._stationary_kernel if tiles.stationary else forward._routed_kernel
-    dq = backward._stationary_dq_kernel if tiles.stationary_dq else backward._dq_kernel
+    routed = triton_routed._stationary_kernel if tiles.stationary else triton_routed._routed_kernel
+    dq = triton_dq._stationary_dq_kernel if tiles.stationary_dq else triton_dq._dq_kernel
     found = [
         ("routed", routed, pairs(tiles.routed), tiles.routed),
-        ("combine", forward._combine_kernel, {**tokens(tiles.combine), **slots, **own}, tiles.combine),
+        ("combine", triton_combine._combine_kernel, {**tokens(tiles.combine), **slots, **own}, tiles.combine),
         ("dq", dq, pairs(tiles.dq), tiles.dq),
-        ("merge", backward._merge_kernel, {**tokens(tiles.merge), **slots}, tiles.merge),
-        ("dkv", backward_kv._dkv_kernel, _dkv(tiles.dkv, dim, False), tiles.dkv),
+        ("merge", triton_merge._merge_kernel, {**tokens(tiles.merge), **slots}, tiles.merge),
+        ("dkv", triton_dkv._dkv_kernel, _dkv(tiles.dkv, dim, False), tiles.dkv),
     ]
     if tiles.fused is not None:
         found.append(
-            ("fused", backward_kv._dkv_kernel, _dkv(tiles.fused, dim, True, tiles.fused_pointers), tiles.fused)
+            ("fused", triton_dkv._dkv_kernel, _dkv(tiles.fused, dim, True, tiles.fused_pointers), tiles.fused)
         )
     if block_size == 512:
         means = {"G": 4, "GROUP": 4, "TOKENS": 16, "COLS": tiles.gate.keys, "SLOTS": 8, "LOW": True, **shape}
         found.append(("gate", gate._gate_kernel, means, tiles.gate))
         tile = union.tiles_for(dim, block_size)
         found.append(("union", union._union_kernel, {**pairs(tile.forward), "G": 4}, tile.forward))
-        found.append(("union_dq", union_backward._union_dq_kernel, {**pairs(tile.dq), "G": 4}, tile.dq))
+        found.append(("union_dq", triton_union_dq._union_dq_kernel, {**pairs(tile.dq), "G": 4}, tile.dq))
         keys = {**tokens(tile.dkv), "STAGES": tile.dkv.stages}
         found.append(("union_dkv", union_backward._union_dkv_kernel, keys, tile.dkv))
     return [(f"{name} {dim} {block_size}", kernel, constants, tile) for name, kernel, constants, tile in found]

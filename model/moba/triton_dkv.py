@@ -21,27 +21,16 @@ from torch import Tensor
 from model.moba import triton_common as common
 from model.moba import triton_steps as steps
 from model.moba.blocks import BlockTable
-from model.moba.triton_backward import RowSums
 from model.moba.triton_common import Tile
 from model.moba.triton_lists import Lists
-
-_COPY_PIECE = 1024
+from model.moba.triton_pieces import sum_pieces
+from model.moba.triton_sums import RowSums
 
 
 @triton.jit(
-    do_not_specialize=[
-        "padded_tokens",
-        "H",
-        "num_kv_heads",
-        "first_head",
-        "num_heads",
-        "num_lists",
-        "pairs_per_head",
-        "num_subs",
-        "max_extra",
-        "segment",
-    ]
-)
+    do_not_specialize=["padded_tokens", "H", "num_kv_heads", "first_head", "num_heads", "num_lists",
+                       "pairs_per_head", "num_subs", "max_extra", "segment"]
+)  # fmt: skip
 def _dkv_kernel(
     q_ptr,
     dout_ptr,
@@ -95,7 +84,7 @@ def _dkv_kernel(
     """Program = (block, key head, KEYS of its keys): the first `segment` list entries and the own block.
 
     With SPLIT, programs before those take one further segment of a long list each, and whoever works on a long
-    list leaves fp32 pieces for `_sum_kernel`. Early blocks, which have the longest lists, start first.
+    list leaves fp32 pieces for `sum_pieces`. Early blocks, which have the longest lists, start first.
     """
     sub = tl.program_id(0) % num_subs
     number = tl.program_id(0) // num_subs - max_extra
@@ -157,22 +146,10 @@ def _dkv_kernel(
                     )
                     to = to[:, None] * D + d[None, :]
                     tl.store(part_ptr + to, dq.to(part_ptr.dtype.element_ty), mask=live[:, None])
-        # Own block: tiles of tokens from first_key on, start rounded down for aligned 1-D loads of lse, delta;
-        # tokens before first_key see none of these keys.
-        start = first_key // 4 * 4
-        num = (end - start + (ROWS - 1)) // ROWS
-        if begin > 0:
-            num = 0
-        for i in tl.range(0, num * G, num_stages=STAGES):
-            query_head = head * G + i % G
-            first = start + i // G * ROWS
-            token = first + r
-            q = q_desc.load([first, query_head * D])
-            dout = dout_desc.load([first, query_head * D])
-            lse = lse_desc.load([query_head * padded_tokens + first])
-            delta = delta_desc.load([query_head * padded_tokens + first])
-            visible = key[:, None] <= tl.where(token < end, token, -1)[None, :]
-            dk, dv, dst = steps.key_gradients(q, dout, lse, delta, k, v, visible, scale_log2, dk, dv, True)
+        dk, dv = steps.own_rows(
+            q_desc, dout_desc, lse_desc, delta_desc, k, v, key, first_key, end, head, padded_tokens, scale_log2,
+            dk, dv, begin == 0, G, ROWS, D, STAGES,
+        )  # fmt: skip
         at = (key.to(tl.int64) * num_kv_heads + head)[:, None] * D + d[None, :]
         live_key = (key < end)[:, None]
         whole = True
@@ -187,80 +164,6 @@ def _dkv_kernel(
             inside = (sub * KEYS + n < block_size)[:, None]
             tl.store(piece_ptr + place, dk, mask=inside)
             tl.store(piece_ptr + place + block_size * D, dv, mask=inside)
-
-
-@triton.jit(do_not_specialize=["num_lists", "first_head", "num_kv_heads", "segment", "num_subs"])
-def _sum_kernel(
-    piece_ptr,
-    slot_ptr,
-    count_ptr,
-    extra_ptr,
-    num_extra_ptr,
-    block_start_ptr,
-    dk_ptr,
-    dv_ptr,
-    softmax_scale,
-    block_size,
-    num_lists,
-    first_head,
-    num_kv_heads,
-    segment,
-    num_subs,
-    KEYS: tl.constexpr,
-    D: tl.constexpr,
-):
-    """Program = (long list, KEYS of its keys): dk, dv of the list, its pieces added in the order of the list.
-
-    A long list is found by its second segment: every one has exactly one.
-    """
-    extra = tl.program_id(0) // num_subs
-    active = extra < tl.load(num_extra_ptr)
-    lists = tl.load(extra_ptr + extra * 2, mask=active, other=0)
-    if tl.load(extra_ptr + extra * 2 + 1, mask=active, other=0) == 1:
-        count = tl.load(count_ptr + lists)
-        local = lists // num_lists
-        slot = tl.load(slot_ptr + lists).to(tl.int64)
-        n = tl.program_id(0) % num_subs * KEYS + tl.arange(0, KEYS)
-        d = tl.arange(0, D)
-        inside = (n < block_size)[:, None]
-        dk = tl.zeros([KEYS, D], tl.float32)
-        dv = tl.zeros([KEYS, D], tl.float32)
-        for i in tl.range(0, (count + segment - 1) // segment):
-            place = ((slot + i) * (2 * block_size) + n)[:, None] * D + d[None, :]
-            dk += tl.load(piece_ptr + place, mask=inside, other=0.0)
-            dv += tl.load(piece_ptr + place + block_size * D, mask=inside, other=0.0)
-        key = tl.load(block_start_ptr + lists - local * num_lists).to(tl.int64) + n
-        at = (key * num_kv_heads + first_head + local)[:, None] * D + d[None, :]
-        tl.store(dk_ptr + at, (dk * softmax_scale).to(dk_ptr.dtype.element_ty), mask=inside)
-        tl.store(dv_ptr + at, dv.to(dv_ptr.dtype.element_ty), mask=inside)
-
-
-@triton.jit(do_not_specialize=["entries", "num_rows"])
-def _list_kernel(
-    row_ptr, lse_ptr, delta_ptr, list_lse_ptr, list_delta_ptr, entries, num_rows, PIECE: tl.constexpr
-):  # fmt: skip
-    """lse and delta in list order. Gaps between lists hold arbitrary row ids and get those of some row."""
-    i = tl.program_id(0).to(tl.int64) * PIECE + tl.arange(0, PIECE)
-    live = i < entries
-    row = tl.load(row_ptr + i, mask=live, other=0)
-    row = tl.where((row >= 0) & (row < num_rows), row, 0)
-    tl.store(list_lse_ptr + i, tl.load(lse_ptr + row, mask=live, other=0.0), mask=live)
-    tl.store(list_delta_ptr + i, tl.load(delta_ptr + row, mask=live, other=0.0), mask=live)
-
-
-def fill_list_sums(lists: Lists, sums: RowSums, list_lse: Tensor, list_delta: Tensor) -> None:
-    """lse and delta of every list entry, where no dq kernel has written them."""
-    _list_kernel[(common.ceil_div(list_lse.numel(), _COPY_PIECE),)](
-        lists.row,
-        sums.lse_TH,
-        sums.delta_TH,
-        list_lse,
-        list_delta,
-        list_lse.numel(),
-        sums.lse_TH.numel(),
-        PIECE=_COPY_PIECE,
-        num_warps=4,
-    )
 
 
 def dkv(
@@ -343,25 +246,4 @@ def dkv(
         **tile.options,
     )
     if lists is not None and cut is not None:
-        keys = min(32, tile.keys)
-        num_subs = common.ceil_div(table.block_size, keys)
-        _sum_kernel[(max_extra * num_subs,)](
-            piece,
-            cut.slot,
-            lists.count,
-            cut.extra,
-            cut.num_extra,
-            table.block_start,
-            dk_THD,
-            dv_THD,
-            softmax_scale,
-            table.block_size,
-            lists.num_lists,
-            heads.start,
-            Hkv,
-            cut.length,
-            num_subs,
-            KEYS=keys,
-            D=D,
-            num_warps=4,
-        )
+        sum_pieces(piece, cut, lists, table, dk_THD, dv_THD, softmax_scale, min(32, tile.keys))
