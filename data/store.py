@@ -14,6 +14,15 @@ from data.manifest import REMEDY, SPLITS, load_manifest
 from data.writer import LOSS_SUFFIX, loss_dtype
 
 
+def _load(path: Path) -> np.ndarray:
+    """A table, memory-mapped. Raises UserError where its header is damaged."""
+    try:
+        table: np.ndarray = np.load(path, mmap_mode="r")
+    except (ValueError, EOFError, OSError, SyntaxError) as error:
+        raise UserError(f"{path} is damaged ({' '.join(str(error).split())[:80]}); {REMEDY}") from error
+    return table
+
+
 class TokenStore:
     """Documents of one split. Nothing is read ahead: memory does not grow with the set.
 
@@ -35,9 +44,9 @@ class TokenStore:
             raise UserError(f"{self.path} has no {split} documents; prepare it with another `heldout` share")
         self.num_docs, self.num_tokens = info.documents, info.tokens
         self.vocab_size, self.tokenizer_fingerprint = self.manifest.vocab_size, self.manifest.tokenizer_fingerprint
-        self.offsets: np.ndarray = np.load(self.path / f"{split}-offsets.npy", mmap_mode="r")
+        self.offsets: np.ndarray = _load(self.path / f"{split}-offsets.npy")
         """int64 [num_docs + 1], borders of the documents in the stream."""
-        self._starts: np.ndarray = np.load(self.path / f"{split}-starts.npy", mmap_mode="r")
+        self._starts: np.ndarray = _load(self.path / f"{split}-starts.npy")
         if len(self.offsets) != self.num_docs + 1 or int(self.offsets[-1]) != self.num_tokens:
             raise UserError(f"{self.path}/{split}-offsets.npy does not fit the manifest; prepare the set anew")
         self._names, self._opened = list(info.shards), dict[str, np.ndarray]()

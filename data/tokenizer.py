@@ -106,7 +106,7 @@ def _tokenizer_class(folder: Path) -> str:
     try:
         found = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
         return str(found.get("tokenizer_class", ""))
-    except (OSError, ValueError, AttributeError):  # whatever is wrong with it, transformers says it better
+    except (OSError, ValueError, AttributeError, RecursionError):  # transformers says better what is wrong
         return ""
 
 

@@ -82,7 +82,7 @@ def _tensor_paths(folder: Path) -> list[Path]:
     if index.is_file():
         try:
             names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, AttributeError, TypeError) as error:
+        except (ValueError, RecursionError, KeyError, AttributeError, TypeError) as error:
             raise UserError(f"{index} is damaged ({error!r}): copy it again") from error
         outside = [name for name in names if not isinstance(name, str) or Path(name).name != name]
         if outside:

@@ -142,7 +142,7 @@ def read_config_json(folder: Path) -> HfConfig:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path} does not exist: name a Hugging Face folder") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not JSON ({error}): copy it again") from error
     if not isinstance(raw, dict):
         raise UserError(f"{path} is not a JSON object: copy it again")

@@ -79,7 +79,7 @@ def verify_checkpoint(path: Path, share: slice = slice(None)) -> None:
         expected = {str(name): (int(entry["bytes"]), str(entry["sha256"])) for name, entry in files.items()}
     except FileNotFoundError:
         raise UserError(f"{path} is not a finished checkpoint: it has no {manifest.name}") from None
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, OverflowError, RecursionError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{manifest} is damaged ({error!r}): use another checkpoint") from error
     check_hashes(path, expected, "use another checkpoint", share)
 

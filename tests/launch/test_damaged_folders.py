@@ -136,6 +136,7 @@ def check(command: list[str], out: Path, what: object) -> None:
 
 
 UNIT = st.floats(0, 1, exclude_max=True)
+DEEP, ENDLESS = 0.99, 0.7  # positions of the two nastiest in HARMS["another JSON"]
 
 
 @FUZZ
@@ -189,6 +190,20 @@ NAMES = [
     "\x1b[31mred",
     "%s",
 ]
+
+
+@pytest.mark.parametrize("value", [DEEP, ENDLESS])
+@pytest.mark.parametrize("number", range(12))
+def test_json_that_is_none(hf: Path, checkpoint: Path, number: int, value: float) -> None:
+    """In every file of both kinds of folder, one after the other."""
+    for source, command in ((hf, ["import", "hf="]), (checkpoint, ["export", "checkpoint="])):
+        with copy_of(source) as folder:
+            files = len([path for path in folder.rglob("*") if path.is_file()])
+            if number >= files:
+                continue
+            name = harm(folder, (number + 0.5) / files, "another JSON", value, 0.0)
+            out = folder.parent / "out"
+            check([command[0], f"{command[1]}{folder}", f"out={out}"], out, (name, value))
 
 
 @pytest.mark.parametrize("name", [*NAMES, "${oc.env:HOME}", "a,b", "[1]"])
