@@ -100,7 +100,7 @@ RANGES: dict[type, dict[str, Range]] = {
     s.LrConfig: {"peak": _POSITIVE, "min_ratio": _FRACTION, "warmup": _BELOW_ONE},
     s.StageConfig: dict.fromkeys(("seq_len", "tokens", "global_batch", "micro_batch"), _COUNT),
     s.StageDataConfig: {"window": _COUNT},
-    s.DomainRule: dict.fromkeys(("min_length", "max_length"), _ZERO_OR_MORE),
+    s.DomainRule: {**dict.fromkeys(("min_length", "max_length"), _ZERO_OR_MORE), "loss_weight": _POSITIVE},
     s.TokenizerConfig: {"train_vocab_size": Range(300), "train_chars": _COUNT},  # 256 bytes come first
     s.DataSetConfig: {"heldout": _BELOW_ONE},
     s.DataConfig: {"workers": _ZERO_OR_MORE},

@@ -118,7 +118,7 @@ class StageDataConfig:
     rules: dict[str, DomainRule] = field(default_factory=dict)  # domain -> what of its set it uses
     unit: str = "weight"  # of the numbers in domains: weight | tokens, which must add up to the stage's
     packing: str = "concat"  # concat: concatenate and split | best_fit: whole documents, where they fit best
-    window: int = 65_536  # best_fit: documents sorted by length at a time
+    window: int = 65_536  # best_fit: documents sorted by length at a time, a quarter of the set at most
     balance: bool = True  # share the rows of a global batch out by attention cost, not in their order
 
 
@@ -150,9 +150,9 @@ class TokenizerConfig:
 class ReadConfig:
     """How the records of a source become documents."""
 
-    kind: str = "text"  # text | chat: conversations, with loss on the assistant's turns only | tokens: lists of ids
-    field: str = ""  # of JSONL, parquet, arrow and hub records; empty: text, for chat messages, for tokens input_ids
-    weight: str = ""  # field with the weight of the loss: of a record, of a message, a list beside ids; empty: none
+    kind: str = "text"  # text | chat: conversations, with loss on the assistant's turns | tokens: lists of ids
+    field: str = ""  # of JSONL, parquet, arrow, hub records; empty: text, for chat messages, for tokens input_ids
+    weight: str = ""  # field with the weight of the loss: of a record, a message or a list by ids; empty: none
     repos: int = 0  # n: each folder n levels below the source is one document, a code repository; 0: files are
     subset: str = ""  # configuration of a hub data set
     split: str = "train"  # of a hub data set
@@ -216,7 +216,7 @@ class EngineConfig:
     offload_optimizer: bool = False  # fp32 weights and AdamW in host memory, and the step on the CPU
     offload_param: bool = False  # parameters in host memory between uses: ZeRO-3
     fused: str = "none"  # none | liger | compile: norm, RoPE and SwiGLU as Liger's kernels or by torch.compile
-    loss: str = "auto"  # auto | fused | tiled: logits once, in large tiles, or again in backward; auto: fused on GPUs
+    loss: str = "auto"  # auto | fused | tiled: logits once, in large tiles, or twice; auto: fused on CUDA
 
 
 @dataclass
@@ -508,7 +508,7 @@ class BenchConfig:
 
 @dataclass
 class GenerateBenchConfig:
-    """Root of `moba bench generate`: prefill and decode of a model with random weights, by length of the prompt."""
+    """Root of `moba bench generate`: prefill and decode of a model with random weights, by prompt length."""
 
     out: str = "benchmarks/results/generate.json"  # the plot goes beside
     lengths: list[int] = field(default_factory=lambda: [8192, 32_768, 131_072])  # tokens of the prompt
