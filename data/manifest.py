@@ -85,5 +85,7 @@ def load_manifest(folder: Path) -> Manifest:
         raw["splits"] = {name: SplitInfo(**split) for name, split in raw["splits"].items()}
         raw["files"] = {name: FileInfo(**info) for name, info in raw["files"].items()}
         return Manifest(**raw)
+    except UserError:
+        raise
     except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
         raise UserError(f"{path} is damaged ({type(error).__name__}: {error}); prepare the set anew") from error
