@@ -183,11 +183,6 @@ def _mixture(key: str, stage: StageConfig, config: TrainConfig) -> None:
                 f"{key}.rules.{name}.max_length={rule.max_length} is below its min_length={rule.min_length}: "
                 f"use at least {rule.min_length}, or 0 for no limit"
             )
-        if not 0 < rule.loss_weight < float("inf"):
-            raise UserError(
-                f"{key}.rules.{name}.loss_weight={rule.loss_weight:g}: must be above 0; to leave the domain out, "
-                f"take it out of {key}.domains"
-            )
         for least, times in rule.upsample.items():
             if least < 1 or not 0 < times < float("inf"):
                 raise UserError(
