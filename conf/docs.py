@@ -1,6 +1,6 @@
 """What the schema says about its fields: types, defaults and the comments beside them, read from its source.
 
-Help texts and messages come from here, so they cannot drift from `conf/schema.py`.
+Help texts and messages come from here, so they cannot drift from `conf/schema/`.
 """
 
 from __future__ import annotations
@@ -62,8 +62,14 @@ def comment_of(cls: type[Any], key: str) -> str:
 
 @cache
 def field_comments() -> dict[tuple[str, str], str]:
-    """(class, field) -> the comment at the end of the field's line in `conf/schema.py`."""
-    source = Path(schema.__file__).read_text(encoding="utf-8")
+    """(class, field) -> the comment at the end of the field's line in `conf/schema/`."""
+    found: dict[tuple[str, str], str] = {}
+    for path in sorted(Path(schema.__file__).parent.glob("*.py")):
+        found |= _comments_in(path.read_text(encoding="utf-8"))
+    return found
+
+
+def _comments_in(source: str) -> dict[tuple[str, str], str]:
     comments = {
         token.start[0]: token.string.lstrip("# ")
         for token in tokenize.generate_tokens(io.StringIO(source).readline)

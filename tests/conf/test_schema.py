@@ -16,12 +16,13 @@ from conf.ranges import CHOICES, RANGES
 from launch.packages import PACKAGES, ROOT
 
 # What states, checks or prints every field alike is no reader.
-NOT_READERS = {ROOT / "conf" / name for name in ("schema.py", "validate.py", "ranges.py", "docs.py", "compose.py")}
+NOT_READERS = {ROOT / "conf" / name for name in ("validate.py", "ranges.py", "docs.py", "compose.py")}
+NOT_READERS |= set((ROOT / "conf" / "schema").glob("*.py"))
 
 
 def _classes() -> list[type[Any]]:
     found = [item for item in vars(schema).values() if isinstance(item, type) and dataclasses.is_dataclass(item)]
-    return [item for item in found if item.__module__ == schema.__name__]
+    return [item for item in found if item.__module__.startswith(f"{schema.__name__}.")]
 
 
 FIELDS = [(cls, field.name) for cls in _classes() for field in dataclasses.fields(cls)]

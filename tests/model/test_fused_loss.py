@@ -1,4 +1,4 @@
-"""The fused loss equals cross-entropy on whole logits, in values and gradients, with its Triton pass and without."""
+"""The fused loss equals cross-entropy on whole logits, values and gradients, with its Triton pass and without."""
 
 from __future__ import annotations
 
