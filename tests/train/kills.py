@@ -1,9 +1,9 @@
 """A run killed with SIGKILL over and over: `python -m tests.train.kills CONFIG STAGE KILLS SEED`, JSON on stdout.
 
 One process imports everything, then forks each worker, which makes a start cheap: a quarter of a second, in which
-the worker joins a group, checks and loads the newest checkpoint and builds its engine, as any start does. It trains
-and saves as `train.run` does; only the interpreter's own start is not killed here. Workers are killed at random
-moments of their first steps; when KILLS of them have died, the run is left to itself until its end.
+the worker joins a group, checks and loads the newest checkpoint and builds its engine, as any start does. It
+trains and saves as `train.run` does; only the interpreter's own start is not killed here. Workers are killed at
+random moments of their first steps; when KILLS of them have died, the run is left to itself until its end.
 """
 
 from __future__ import annotations

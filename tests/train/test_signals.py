@@ -49,7 +49,7 @@ def test_saved_and_gone_on_with(
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs g++")
 def test_while_compiling(pool1: GlooPool, prepared: Path, tmp_path: Path) -> None:
-    """SIGTERM a moment after the first step has begun: it compiles to its end; step 2 tells all ranks, read in step 3."""
+    """SIGTERM a moment after the first step has begun: that ends, step 2 tells all ranks, step 3 is the last."""
     config = jobs.chain_config(str(tmp_path / "run"), str(prepared))
     config.engine.fused, config.eval.tokens, config.checkpoint.every = "compile", 0, 0
     code, compiling, newest = pool1(fault_jobs.stopped_while_compiling, config, str(tmp_path / "cache"))[0]
