@@ -12,7 +12,7 @@ import torch.distributed as dist
 from omegaconf import OmegaConf
 
 from conf.constants import EXIT_USER_ERROR
-from conf.errors import UserError
+from conf.errors import UserError, complain
 from conf.load import to_typed
 from conf.process import follow_parent, leave
 from conf.schema import EvalConfig
@@ -32,12 +32,11 @@ def main(arguments: list[str]) -> int:
         dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timedelta(days=1))
         (run if dist.get_rank() == 0 else follow)(config, group_execution())
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        os._exit(EXIT_USER_ERROR)  # no farewell: the others may wait in a collective
+        complain(error)
+        leave(EXIT_USER_ERROR)  # no farewell: the others may wait in a collective
     except Exception:
         traceback.print_exc()
-        sys.stderr.flush()
-        os._exit(1)
+        leave(1)
     dist.destroy_process_group()
     return 0
 

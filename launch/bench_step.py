@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from conf.compose import compose
+from conf.errors import complain
 from conf.ranges import check_fields
 from conf.schema import StepBenchConfig
-from launch.command import Command, complain, console
+from launch.command import Command, console
 from launch.local import start_workers, torchrun_command
 
 if TYPE_CHECKING:

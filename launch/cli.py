@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 
 from conf.constants import EXIT_USER_ERROR
-from conf.errors import UserError
+from conf.errors import UserError, complain
 from launch import (
     bench,
     bench_generate,
@@ -19,7 +19,7 @@ from launch import (
     prepare,
     train,
 )
-from launch.command import Command, complain
+from launch.command import Command
 from launch.help import overview, show
 from launch.packages import check_packages
 from launch.study import command as study
@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         check_packages()
         return _dispatch(list(sys.argv[1:] if argv is None else argv))
     except UserError as error:
-        complain(str(error))
+        complain(error)
         return EXIT_USER_ERROR
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

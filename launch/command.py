@@ -36,9 +36,3 @@ def console() -> Console:
     from rich.console import Console
 
     return Console(width=None if sys.stdout.isatty() else 140, highlight=False)
-
-
-def complain(message: str) -> None:
-    """One line on stderr, as every refusal is printed; a terminal's control characters in it are spelled out."""
-    line = "".join(char if char.isprintable() else ascii(char)[1:-1] for char in " ".join(message.split()))
-    print(f"error: {line}", file=sys.stderr, flush=True)

@@ -19,8 +19,8 @@ from types import FrameType
 from typing import TYPE_CHECKING
 
 from conf.constants import EXIT_DIVERGED, EXIT_REQUEUE, EXIT_STALLED, EXIT_USER_ERROR
+from conf.errors import complain
 from conf.process import follow_parent
-from launch.command import complain
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError

@@ -15,10 +15,9 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from conf.constants import EXIT_USER_ERROR
-from conf.errors import UserError
+from conf.errors import UserError, complain
 from conf.load import load_train_config
 from conf.paths import RunPaths
-from launch.command import complain
 from launch.local import start_workers, torchrun_command
 from launch.rundir import run_lock
 
@@ -41,7 +40,7 @@ def main(argv: list[str]) -> int:
             locks = (stack.enter_context(run_lock(run)),) if node_rank == 0 and not control else ()
             return start_workers(command, config.launch, locks)
     except UserError as error:
-        complain(str(error))
+        complain(error)
         return EXIT_USER_ERROR
 
 

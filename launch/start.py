@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from conf.constants import EXIT_DIVERGED, EXIT_REQUEUE, EXIT_USER_ERROR
-from conf.errors import UserError
+from conf.errors import UserError, complain
 from conf.paths import RunPaths
 from conf.schema import LaunchConfig, TrainConfig
 from launch import hostfile, local, slurm
-from launch.command import complain
 from launch.stages import StartStage, walk
 
 Start = Callable[[TrainConfig, RunPaths, int], int]  # (config, run folder, its lock) -> exit code

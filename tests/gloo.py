@@ -65,10 +65,12 @@ class GlooPool:
         self.world = world
         self._processes: list[Any] = []
         self._pipes: list[Connection] = []
+        self._folder: tempfile.TemporaryDirectory[str] | None = None
 
     def _start(self) -> None:
         context = multiprocessing.get_context("spawn")
-        store = Path(tempfile.mkdtemp(prefix="gloo-")) / "store"
+        self._folder = tempfile.TemporaryDirectory(prefix="gloo-")
+        store = Path(self._folder.name) / "store"
         for rank in range(self.world):
             here, there = context.Pipe()
             process = context.Process(target=self.serve, args=(rank, self.world, str(store), there), daemon=True)
@@ -110,6 +112,9 @@ class GlooPool:
         for pipe in self._pipes:
             pipe.close()
         self._processes, self._pipes = [], []
+        if self._folder is not None:
+            self._folder.cleanup()
+            self._folder = None
 
     def close(self) -> None:
         """Let the workers leave cleanly; kill what does not."""

@@ -66,7 +66,11 @@ def turns(config: TrainConfig, every: int) -> dict[str, Any]:
 
 
 def main(every: int) -> int:
-    folder = Path(tempfile.mkdtemp(prefix="save-cost-"))
+    with tempfile.TemporaryDirectory(prefix="save-cost-") as folder:
+        return measure(Path(folder), every)
+
+
+def measure(folder: Path, every: int) -> int:
     config = TrainConfig(out=str(folder), seed=1, engine=EngineConfig(1, "fp32"))
     config.model = ModelConfig(
         vocab_size=4096, hidden_size=160, intermediate_size=448, num_layers=4, num_heads=4, num_kv_heads=4

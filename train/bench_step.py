@@ -24,7 +24,7 @@ from omegaconf import OmegaConf
 from torch import Tensor
 
 from conf.constants import EXIT_USER_ERROR
-from conf.errors import UserError
+from conf.errors import UserError, complain
 from conf.inherit import stage_ropes
 from conf.load import to_typed
 from conf.process import follow_parent, leave
@@ -231,12 +231,10 @@ def main(arguments: list[str] | None = None) -> int:
         mesh = init_distributed(config.mesh.sequence_parallel)
         code = measure_rows(config, Path(arguments[1]), mesh)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        complain(error)
         return EXIT_USER_ERROR
     if code:
-        import os
-
-        os._exit(code)  # no farewell to ranks that hang
+        leave(code)  # no farewell to ranks that hang
     torch.distributed.destroy_process_group()
     return 0
 

@@ -26,10 +26,7 @@ from train.engine import DeepSpeedEngine
 from train.files import SaveError as SaveError
 from train.files import remove_folder, safetensors_parts, sync_folder, write_durably
 from train.mesh import Mesh
-from train.restore import checkpoint_folders
-from train.restore import load_engine as load_engine
-from train.restore import newest_valid as newest_valid
-from train.restore import read_state as read_state
+from train.restore import checkpoint_folders, read_state
 from train.shards import collect_shards
 from train.state import TrainState, optimizer_step
 

@@ -19,7 +19,7 @@ import torch
 
 from conf.constants import EXIT_DIVERGED, EXIT_USER_ERROR
 from conf.domains import set_of
-from conf.errors import UserError
+from conf.errors import UserError, complain
 from conf.inherit import stage_ropes
 from conf.load import load_train_config
 from conf.paths import RunPaths
@@ -28,7 +28,7 @@ from conf.schema import TrainConfig
 from data.loader import TrainLoader
 from data.manifest import load_manifest
 from data.store import TokenStore
-from train.checkpoint import SaveError, load_engine, newest_valid, read_state
+from train.checkpoint import SaveError
 from train.engine import DeepSpeedEngine, build_engine, build_model, init_distributed, micro_batches_per_step
 from train.execution import exchange_text, execution_of
 from train.guard import Diverged, Guard, Rollback
@@ -38,6 +38,7 @@ from train.loop import Run, fit
 from train.mesh import Mesh
 from train.metrics import MetricsLog, open_metrics
 from train.origin import open_origin
+from train.restore import load_engine, newest_valid, read_state
 from train.saver import Saver
 from train.signals import StopSignal
 from train.state import TrainState, fill_model, put_weights, reset_optimizer
@@ -216,24 +217,24 @@ def main(arguments: list[str] | None = None) -> int:
         mesh = init_distributed(config.mesh.sequence_parallel, config.launch.timeout)
         code = run_stage(config, arguments[1], mesh, stop)
     except UserError as error:
-        complain(error)
+        complain_once(error)
         code = EXIT_USER_ERROR
     except SaveError as error:
-        complain(error)
+        complain_once(error)
     except Diverged as error:
-        complain(error)
+        complain_once(error)
         code = EXIT_DIVERGED
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
     return code
 
 
-def complain(error: Exception) -> None:
+def complain_once(error: Exception) -> None:
     """One line from rank 0. Another rank speaks up only if rank 0 has not ended the job a moment later."""
     rank = int(os.environ.get("RANK", "0"))
     if rank:
         time.sleep(1.0)  # torchrun ends this process when rank 0 has failed too
-    print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+    complain(error)
 
 
 if __name__ == "__main__":

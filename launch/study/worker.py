@@ -20,11 +20,11 @@ from pathlib import Path
 from typing import Any
 
 from conf.constants import EXIT_REQUEUE, EXIT_USER_ERROR
-from conf.errors import UserError
+from conf.errors import UserError, complain
 from conf.paths import RunPaths
+from conf.process import leave
 from conf.schema import StudyConfig, TrainConfig
 from launch import train
-from launch.command import complain
 from launch.stages import walk
 from launch.start import Start
 from launch.study.places import Places
@@ -182,7 +182,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         code = work(StudyConfig(**request["config"]), request["deadline"] or float("inf"))
     except UserError as error:
-        complain(str(error))
+        complain(error)
         code = EXIT_USER_ERROR
     import torch
 
@@ -192,4 +192,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

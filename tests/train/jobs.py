@@ -92,10 +92,11 @@ def endless_stream(stage: StageConfig, vocab_size: int, mesh: Any) -> Iterator[t
 
 def make_run(config: TrainConfig, load: str = "", save: str = "") -> Any:
     """A `Run` on synthetic batches, from checkpoint `load` or from scratch, saving under `save`."""
-    from train.checkpoint import read_state, save_checkpoint
+    from train.checkpoint import save_checkpoint
     from train.engine import init_distributed
     from train.loop import Run
     from train.metrics import MetricsLog
+    from train.restore import read_state
     from train.run import build
     from train.signals import StopSignal
     from train.state import TrainState
@@ -189,8 +190,8 @@ def loaded(zero_stage: int, precision: str, load: str) -> Result:
 def newest(folder: str) -> tuple[str, str]:
     """Name of the newest valid checkpoint (or the error) and what was said on stderr."""
     from conf.errors import UserError
-    from train.checkpoint import newest_valid
     from train.engine import init_distributed
+    from train.restore import newest_valid
 
     said = io.StringIO()
     with contextlib.redirect_stderr(said):
