@@ -52,7 +52,9 @@ def moba_attention(
         cu_seqlens: int32 [N + 1] document borders from 0 to T, on the device of q; None: one document.
             The values are checked on the CPU only (reading them on a GPU would wait for it).
         max_seqlen: longest document, or any larger number; None: T. Slots that no query can fill are then left
-            out, and where `topk` covers the longest document full attention runs (said once in the log).
+            out, and where `topk` covers the longest document full attention runs (said once in the log). On a GPU
+            its backward is not bit-equal from run to run; `torch.use_deterministic_algorithms(True)` keeps MoBA's
+            own kernels, which are.
         softmax_scale: None: 1 / sqrt(D).
         backend: auto | reference | varlen | triton, see `model.dispatch`.
         remember: stands between the choice and its use: `remember(choose, num_blocks)` returns `choose()`, int32
@@ -205,6 +207,8 @@ def _longest(max_seqlen: int | None, cu_seqlens: Tensor, tokens: int) -> int:
 
 def _runs_full(chosen: Backend, longest: int, cu_seqlens: Tensor, tokens: int) -> bool:
     """Whether full attention is the better way to the same result when every past block is chosen."""
+    if torch.are_deterministic_algorithms_enabled():
+        return False
     documents = cu_seqlens.numel() - 1
     ragged = documents > 1 and documents * longest != tokens
     return chosen.full_when_dense and (chosen.full_when_ragged or not ragged)

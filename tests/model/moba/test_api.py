@@ -100,6 +100,12 @@ def test_the_short_cut_is_taken_from_the_number_of_blocks_on(monkeypatch: pytest
     for topk, backend, times in ((3, "auto", 0), (4, "auto", 1), (4, "reference", 1), (99, "varlen", 2)):
         call(topk=topk, backend=backend)  # 64 tokens in blocks of 16
         assert len(taken) == times, (topk, backend)
+    torch.use_deterministic_algorithms(True)
+    try:
+        call(topk=99)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert len(taken) == 2, "full attention's backward is not bit-equal on a GPU"
 
 
 @pytest.mark.parametrize(
