@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from conf.validate import BLOCK_MULTIPLE
+from conf.validate_stage import BLOCK_MULTIPLE
 from data.batch import Batch
 from eval.gate import WORKSPACE_BYTES
 from model.schedule import LayerPlan

@@ -17,7 +17,7 @@ from conf.inherit import stage_ropes
 from conf.load import load_train_config
 from conf.paths import CheckpointPaths, RunPaths
 from conf.schema import EvalAttentionConfig, ModelConfig, RopeConfig, TrainConfig
-from conf.validate import BLOCK_MULTIPLE
+from conf.validate_stage import BLOCK_MULTIPLE
 from data.tokenizer import Tokenizer, load_tokenizer
 from eval.generate import generate
 from eval.group import Group

@@ -16,7 +16,8 @@ from conf.ranges import CHOICES, RANGES
 from launch.packages import PACKAGES, ROOT
 
 # What states, checks or prints every field alike is no reader.
-NOT_READERS = {ROOT / "conf" / name for name in ("validate.py", "ranges.py", "docs.py", "compose.py")}
+NOT_READERS = {ROOT / "conf" / name for name in ("ranges.py", "docs.py", "compose.py")}
+NOT_READERS |= set((ROOT / "conf").glob("validate*.py"))
 NOT_READERS |= set((ROOT / "conf" / "schema").glob("*.py"))
 
 
