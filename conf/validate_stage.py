@@ -84,8 +84,7 @@ def _mixture(key: str, stage: StageConfig, config: TrainConfig) -> None:
 
 
 def check_rope(key: str, rope: RopeConfig) -> None:
-    """`rope`: after inheritance. Raises UserError as `check_stage`."""
-    """`rope`: with all that was inherited."""
+    """`rope`: with all that was inherited. Raises UserError as `check_stage`."""
     check_fields(rope, f"{key}.")
     if rope.kind == "default" and rope.factor != 1:
         raise UserError(
