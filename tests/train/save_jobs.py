@@ -41,7 +41,7 @@ class Killed(BaseException):
 
 def interrupted_saves(folder: str) -> list[tuple[int, str, bool]]:
     """Save step 1; then die at each point of saving step 2: (point, newest valid, a folder `step-2` exists)."""
-    from train import checkpoint, files
+    from train import checkpoint, files, restore
     from train.loop import fit
 
     config = tiny_config(1)
@@ -72,7 +72,7 @@ def interrupted_saves(folder: str) -> list[tuple[int, str, bool]]:
             died = True
         finally:
             checkpoint.write_durably, checkpoint.sync_folder = genuine["write"], genuine["sync"]
-        newest = checkpoint.newest_valid(Path(folder), run.mesh)
+        newest = restore.newest_valid(Path(folder), run.mesh)
         assert newest is not None
         outcomes.append((point, newest.name, died))
         if not died:
@@ -83,7 +83,7 @@ def interrupted_saves(folder: str) -> list[tuple[int, str, bool]]:
 
 def full_disk(folder: str) -> Result:
     """Rank 1 cannot write while step 1 is saved; then the disk has room again."""
-    from train import checkpoint, files
+    from train import checkpoint, files, restore
     from train.loop import fit
 
     config = tiny_config(2)
@@ -105,7 +105,7 @@ def full_disk(folder: str) -> Result:
     after_failure = sorted(path.name for path in Path(folder).glob("step-*"))
     run.save()
     result = {"message": message, "after_failure": after_failure}
-    result["newest"] = checkpoint.newest_valid(Path(folder), run.mesh).name
+    result["newest"] = restore.newest_valid(Path(folder), run.mesh).name
     result["left"] = sorted(path.name for path in Path(folder).iterdir())
     run.engine.destroy()
     return result
