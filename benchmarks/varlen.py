@@ -20,7 +20,7 @@ from torch import Tensor
 from eval.bench.environment import environment
 from eval.bench.inputs import Inputs, make_inputs
 from eval.bench.shapes import Shape
-from eval.bench.timing import _median_ms
+from eval.bench.timing import median_ms
 from eval.files import write_json
 from model import flash
 from model.moba.api import attend_blocks, choose_blocks, moba_attention
@@ -106,8 +106,8 @@ def _time(shape: Shape, backend: str) -> tuple[float, float]:
         return moba_attention(x.q, x.k, x.v, block_size=shape.block_size, topk=shape.topk, backend=backend)
 
     with torch.no_grad():
-        fwd = _median_ms(forward)
-    return fwd, _median_ms(lambda: torch.autograd.grad(forward(), leaves, x.dout))
+        fwd = median_ms(forward)
+    return fwd, median_ms(lambda: torch.autograd.grad(forward(), leaves, x.dout))
 
 
 if __name__ == "__main__":

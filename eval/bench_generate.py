@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -114,7 +115,7 @@ class _Bench:
             row[f"{name}_attention_s"] = layer * self.layers
             if name == "moba" or length <= self.config.full_up_to:
                 self._reset_peak()
-                row[f"{name}_prefill_s"] = seconds(lambda p=plan: self._prefill_once(length, p))  # type: ignore[misc]
+                row[f"{name}_prefill_s"] = seconds(partial(self._prefill_once, length, plan))
                 row[f"{name}_peak_bytes"] = self._peak()
         row["full_prefill_sum_s"] = row["moba_prefill_s"] - row["moba_attention_s"] + row["full_attention_s"]
         row["speedup"] = row.get("full_prefill_s", row["full_prefill_sum_s"]) / row["moba_prefill_s"]
@@ -144,7 +145,7 @@ class _Bench:
                     keys, values = cache.keys[0][0, :end], cache.values[0][0, :end]
                     what = f"{plan.kind} prefill of {length} tokens"
                     error = check_queries(what, q, keys, values, self._attend(q, cache, plan), plan)
-                total += once(lambda q=q: self._attend(q, cache, plan), self.place)  # type: ignore[misc]
+                total += once(partial(self._attend, q, cache, plan), self.place)
             runs.append(total)
         return sorted(runs)[len(runs) // 2], error or 0.0
 
@@ -194,7 +195,7 @@ class _Bench:
             decoder = Decoder(self.model, cache, (plan,) * self.layers, steps)
             for _ in range(3):
                 logits[name] = decoder(token).clone()
-            times = sorted(once(lambda d=decoder: d(token), self.place) for _ in range(STEPS - 3))  # type: ignore[misc]
+            times = sorted(once(partial(decoder, token), self.place) for _ in range(STEPS - 3))
             found[f"decode_{name}_ms"] = times[len(times) // 2] * 1e3
         if "full_graph" in logits:
             compare("a captured step", logits["full_graph"], logits["full"], logits["full"])

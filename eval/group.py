@@ -12,12 +12,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from conf.errors import UserError
 from eval.generate import generate
+from eval.loss import whole_row_losses
 from eval.prefixes import Prefixes
 from model.execution import Execution
 from model.schedule import LayerPlan
@@ -58,7 +58,7 @@ class Group:
             )
         tensors = [x.cpu() for x in (input_ids, labels, positions, cu_seqlens)]
         _tell(self._parallel, ("token_losses", (*tensors, max_seqlen, plans)))
-        return _token_losses(self.model, input_ids, labels, positions, cu_seqlens, max_seqlen, plans)
+        return whole_row_losses(self.model, input_ids, labels, positions, cu_seqlens, max_seqlen, plans)
 
     def stop(self) -> None:
         """The others leave `serve`."""
@@ -79,32 +79,13 @@ def serve(model: CausalLM) -> None:
             generate(model, prompts, prefixes=prefixes, **settings)
         else:
             tensors, rest = [x.to(device) for x in values[:4]], values[4:]
-            _token_losses(model, *tensors, *rest)
+            whole_row_losses(model, *tensors, *rest)
 
 
 def group_execution() -> Execution:
     """All processes of the world as one sequence-parallel group."""
     assert dist.group.WORLD is not None
     return Execution(parallel=SequenceParallel(dist.group.WORLD))
-
-
-@torch.no_grad()
-def _token_losses(
-    model: CausalLM,
-    input_ids: Tensor,
-    labels: Tensor,
-    positions: Tensor,
-    cu_seqlens: Tensor,
-    max_seqlen: int,
-    plans: Sequence[LayerPlan],
-) -> Tensor:
-    """Each process computes its columns, all get all. Collective."""
-    parallel = model.execution.parallel
-    assert parallel is not None
-    width = input_ids.shape[1] // parallel.size
-    mine = slice(parallel.rank * width, (parallel.rank + 1) * width)
-    ids, labels, positions = (x[:, mine] for x in (input_ids, labels, positions))
-    return parallel.gather_columns(model.token_losses(ids, labels, positions, cu_seqlens, max_seqlen, plans))
 
 
 def _tell(parallel: SequenceParallel, message: tuple[str, Any] | None) -> tuple[str, Any]:

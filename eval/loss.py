@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain, pairwise
-from typing import Protocol, TypeVar
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -23,6 +23,11 @@ from torch import Tensor
 from conf.constants import IGNORE_INDEX
 from data.batch import Batch
 from eval.loss_report import Bucket, LossReport, estimate
+
+if TYPE_CHECKING:
+    from model.attention import Probe
+    from model.schedule import LayerPlan
+    from model.transformer import CausalLM
 
 Plans = TypeVar("Plans", contravariant=True)
 
@@ -42,6 +47,35 @@ class TokenLosses(Protocol[Plans]):
         max_seqlen: int,
         plans: Plans,
     ) -> Tensor: ...
+
+
+@torch.no_grad()
+def whole_row_losses(
+    model: CausalLM,
+    input_ids: Tensor,
+    labels: Tensor,
+    positions: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    plans: Sequence[LayerPlan],
+    probe: Probe | None = None,
+) -> Tensor:
+    """`CausalLM.token_losses` of whole rows, fp32 [R, S], where ranks hold some columns each: each computes
+    its own, all get all. Collective within the sequence-parallel group, if there is one.
+
+    Raises:
+        ValueError: S is not a multiple of the number of ranks.
+    """
+    parallel = model.execution.parallel
+    if parallel is None:
+        return model.token_losses(input_ids, labels, positions, cu_seqlens, max_seqlen, plans, probe)
+    width, left = divmod(input_ids.shape[1], parallel.size)
+    if left:
+        raise ValueError(f"rows of {input_ids.shape[1]} tokens do not divide into {parallel.size} equal shards")
+    mine = slice(parallel.rank * width, (parallel.rank + 1) * width)
+    ids, labels, positions = (x[:, mine] for x in (input_ids, labels, positions))
+    losses = model.token_losses(ids, labels, positions, cu_seqlens, max_seqlen, plans, probe)
+    return parallel.gather_columns(losses)
 
 
 def bucket_edges(seq_len: int, bucket: int, spacing: str = "linear") -> tuple[int, ...]:

@@ -28,9 +28,9 @@ def random_model(shape: ModelConfig, place: torch.device, dtype: torch.dtype) ->
 def replayed(run: Callable[[], Any], place: torch.device) -> float:
     """Median seconds of `run`; on a GPU inside a CUDA graph, without the host's launches."""
     if place.type == "cuda":
-        from eval.bench.timing import _captured, _median_ms
+        from eval.bench.timing import captured, median_ms
 
-        return _median_ms(_captured(run)) / 1e3
+        return median_ms(captured(run)) / 1e3
     run()
     return seconds(lambda: once(run, place))
 

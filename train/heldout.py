@@ -16,7 +16,7 @@ from data.batch import Batch
 from data.loader import heldout_batches
 from data.store import TokenStore
 from eval.gate_load import GateLoad
-from eval.loss import sum_losses
+from eval.loss import sum_losses, whole_row_losses
 from model.schedule import LayerPlan
 from model.transformer import CausalLM
 from train.engine import DeepSpeedEngine
@@ -40,8 +40,8 @@ class WholeRows:
     `gate` looks at the choices of the first call.
     """
 
-    def __init__(self, model: CausalLM, mesh: Mesh, gate: GateLoad | None = None) -> None:
-        self._model, self._mesh, self._gate = model, mesh, gate
+    def __init__(self, model: CausalLM, gate: GateLoad | None = None) -> None:
+        self._model, self._gate = model, gate
 
     def token_losses(
         self,
@@ -53,15 +53,11 @@ class WholeRows:
         plans: tuple[LayerPlan, ...],
     ) -> Tensor:
         """As `CausalLM.token_losses`, fp32 [R, S]. Collective within the sequence-parallel group."""
-        part = self._mesh.cut(Batch(input_ids, labels, positions, cu_seqlens, max_seqlen))
         probe = None
         if self._gate is not None:
             self._gate.cu_seqlens, probe, self._gate = cu_seqlens, self._gate.probe, None
-        losses = self._model.token_losses(
-            part.input_ids, part.labels, part.positions, part.cu_seqlens, part.max_seqlen, plans, probe
-        )
-        parallel = self._model.execution.parallel
-        return losses if parallel is None else parallel.gather_columns(losses)
+        rows = (input_ids, labels, positions, cu_seqlens, max_seqlen)
+        return whole_row_losses(self._model, *rows, plans, probe)
 
 
 class Heldout:
@@ -84,7 +80,7 @@ class Heldout:
         engine.eval()
         gate = GateLoad.zeros(plans, self._mesh.device) if self._config.gate else None
         sums = sum_losses(
-            WholeRows(engine.module, self._mesh, gate),
+            WholeRows(engine.module, gate),
             self._mine,
             {"now": plans},
             bucket=-(-self._seq_len // max(self._config.buckets, 1)),

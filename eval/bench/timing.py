@@ -45,15 +45,15 @@ def measure(
     torch.cuda.reset_peak_memory_stats()
     first = _once_ms(both, 1)
     peak = torch.cuda.max_memory_allocated() / _GIB
-    eager = first if long and first > _SECOND else _median_ms(both)
+    eager = first if long and first > _SECOND else median_ms(both)
     if tokens > GRAPH_UP_TO:
-        return Timed(_median_ms(fwd), eager, peak, eager)
-    return Timed(_median_ms(_captured(fwd)), _median_ms(_captured(both)), peak, eager)
+        return Timed(median_ms(fwd), eager, peak, eager)
+    return Timed(median_ms(captured(fwd)), median_ms(captured(both)), peak, eager)
 
 
 def both_ms(forward: Callable[[], torch.Tensor], leaves: tuple[torch.Tensor, ...], dout: torch.Tensor) -> float:
     """Milliseconds of forward plus backward in a CUDA graph, from few runs."""
-    return _median_ms(_captured(lambda: torch.autograd.grad(forward(), leaves, dout)), samples=3)
+    return median_ms(captured(lambda: torch.autograd.grad(forward(), leaves, dout)), samples=3)
 
 
 def _warm(run: Callable[[], Any]) -> None:
@@ -67,7 +67,7 @@ def _warm(run: Callable[[], Any]) -> None:
     torch.cuda.empty_cache()
 
 
-def _captured(run: Callable[[], Any]) -> Callable[[], Any]:
+def captured(run: Callable[[], Any]) -> Callable[[], Any]:
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -79,7 +79,7 @@ def _captured(run: Callable[[], Any]) -> Callable[[], Any]:
     return graph.replay
 
 
-def _median_ms(run: Callable[[], Any], samples: int = 5) -> float:
+def median_ms(run: Callable[[], Any], samples: int = 5) -> float:
     first = _once_ms(run, 1)
     if first > _SECOND:  # the first run, after the untimed one or the capture, is the measurement
         return first
