@@ -248,6 +248,7 @@ def main() -> int:
     parser.add_argument("overrides", nargs="*", help="more keys of moba train")
     options = parser.parse_args()
     import torch
+    import transformers
 
     from eval.bench.environment import environment
     from eval.files import write_json
@@ -260,7 +261,9 @@ def main() -> int:
     if device == "cuda":
         torch.cuda.empty_cache()
     say(f"saved by transformers: {options.shape}, {device}")
-    result: dict[str, Any] = {"benchmark": "continue_folder", "shape": options.shape, **environment(device)}
+    name = torch.cuda.get_device_name() if device == "cuda" else device
+    result: dict[str, Any] = {"benchmark": "continue_folder", "shape": options.shape, **environment(name)}
+    result["transformers"] = transformers.__version__
     result["train"] = train(shape, work, options.steps, options.overrides)
     if options.out:  # what a time limit leaves
         write_json(options.out, result | {"differs": ["not compared yet"]})
