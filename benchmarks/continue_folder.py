@@ -49,9 +49,12 @@ _LLAMA_1B = {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers"
              "num_key_value_heads": 8, "head_dim": 64}  # fmt: skip
 _TINY = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
          "num_key_value_heads": 2, "head_dim": 16}  # fmt: skip
+_SMALL = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 4,
+          "num_key_value_heads": 2, "head_dim": 64}  # fmt: skip
 _PLAN = "stages.extend.attention"
 SHAPES = {
     "llama-1b": Shape(_LLAMA_1B, 8192, 32_768, 128, 4096, ("engine.checkpointing=full", f"{_PLAN}.full_after=1")),
+    "small": Shape(_SMALL, 2048, 8192, 128, 4096, (f"{_PLAN}.full_after=0.75", f"{_PLAN}.full_last_layers=1")),
     "tiny": Shape(
         _TINY,
         512,

@@ -25,6 +25,8 @@ _SDPA_ORDER = [
     SDPBackend.EFFICIENT_ATTENTION,
     SDPBackend.MATH,
 ]
+# Under torch.use_deterministic_algorithms; cuDNN's gradient and the efficient kernel's are sums in any order.
+_DETERMINISTIC = [SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
 
 
 def full_attention(
@@ -80,7 +82,8 @@ def _sdpa(q_THD: Tensor, k_THD: Tensor, v_THD: Tensor, num_docs: int, scale: flo
     if q.device.type == "cpu":
         out = scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=grouped)
     else:
-        with sdpa_kernel(_SDPA_ORDER, set_priority=True):
+        order = _DETERMINISTIC if torch.are_deterministic_algorithms_enabled() else _SDPA_ORDER
+        with sdpa_kernel(order, set_priority=True):
             out = scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=grouped)
     return out.transpose(1, 2).reshape(q_THD.shape)
 

@@ -29,6 +29,7 @@ from data.loader import TrainLoader
 from data.manifest import load_manifest
 from data.store import TokenStore
 from train.checkpoint import SaveError
+from train.determinism import set_deterministic
 from train.engine import DeepSpeedEngine, build_engine, build_model, init_distributed, micro_batches_per_step
 from train.execution import exchange_text, execution_of
 from train.guard import Diverged, Guard, Rollback
@@ -51,6 +52,7 @@ def run_stage(config: TrainConfig, name: str, mesh: Mesh, stop: StopSignal | Non
     Returns the exit code. `stop`: already installed, else one is.
     """
     stop = stop or StopSignal().install()
+    set_deterministic(config.engine.deterministic)
     watchdog = Watchdog(RunPaths(Path(config.out)).heartbeat, mesh.rank, config.launch.timeout).start()
     try:
         while True:

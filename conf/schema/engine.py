@@ -33,6 +33,7 @@ class EngineConfig:
     offload_param: bool = False  # parameters in host memory between uses: ZeRO-3
     fused: str = "none"  # none | liger | compile: norm, RoPE and SwiGLU as Liger's kernels or by torch.compile
     loss: str = "auto"  # auto | fused | tiled: logits once, in large tiles, or twice; auto: fused on CUDA
+    deterministic: bool = False  # equal runs give equal bits on a GPU with full attention too, which gets slower
 
 
 @dataclass
