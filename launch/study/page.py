@@ -24,6 +24,8 @@ from launch.study.stats import (
     read_results,
 )
 
+EARLIER = "earlier"  # folder beside a page: page and results of a plan that was superseded
+
 
 def write_page(plan: Plan, config: StudyConfig, places: Places) -> Path:
     """Plots and README.md in `places.out`, from the results that are there. Returns the page's path."""
@@ -40,6 +42,8 @@ def write_page(plan: Plan, config: StudyConfig, places: Places) -> Path:
     parts += ["## What came out"]
     if plan.found and config.scale != "tiny":
         parts.append(plan.found)
+    if (places.out / EARLIER / "README.md").is_file():
+        parts.append(f"Runs of an earlier plan of this study, superseded: [their page]({EARLIER}/README.md).")
     if plan.timed:
         from launch.study.speed_page import speed_parts
 
