@@ -198,18 +198,13 @@ class KVCache:
         if max(self.lengths) >= self.capacity:
             raise ValueError(f"the cache holds {self.capacity} tokens per row: allocate a larger max_new_tokens")
 
-    def end_step(self) -> None:
-        """Every layer has appended its token."""
-        self.end_step_on_device()
-        self.end_step_on_host()
-
     def end_step_on_device(self) -> None:
-        """The part of `end_step` that a captured graph repeats: `lengths_R` grows in place."""
+        """Every layer has appended its token. What a captured graph repeats: `lengths_R` grows in place."""
         self.require("decode")
         self._lengths_R += 1
 
     def end_step_on_host(self) -> None:
-        """The part of `end_step` that a captured graph leaves out."""
+        """After `end_step_on_device`: what a captured graph leaves out."""
         self.require("decode")
         self.lengths = [length + 1 for length in self.lengths]
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from model.cache import KVCache
 from model.decode import runs_compiled
+from model.generation import decode_on_device
 from model.schedule import LayerPlan
 from model.shapes import head_dim
 from model.transformer import CausalLM
@@ -58,20 +59,10 @@ class Decoder:
 
     def _capture(self, token_R1: Tensor) -> None:
         """Nothing runs here; the cache stays as it is."""
-        cache, model = self._cache, self._model
         self._token_R1 = token_R1.clone()
         self._graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self._graph):
-            hidden_RC = model.model(
-                self._token_R1[:, 0],
-                positions=cache.lengths_R,
-                cu_seqlens=cache.cu_seqlens(),
-                max_seqlen=1,
-                plans=self._plans,
-                cache=cache,
-            )
-            cache.end_step_on_device()
-            self._logits_RV = model.logits(hidden_RC).float()
+            self._logits_RV = decode_on_device(self._model, self._token_R1, self._cache, self._plans)
 
 
 def capturable(model: CausalLM, plans: Sequence[LayerPlan]) -> bool:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
-from itertools import accumulate
 from typing import cast
 
 import torch
@@ -21,6 +20,7 @@ from model.attention import Packed, Probe
 from model.block import Block
 from model.cache import KVCache
 from model.execution import PLAIN, Execution
+from model.generation import decode_on_device, prefill
 from model.layers import RMSNorm
 from model.loss import LMHead, LossSums, sum_losses
 from model.offload import HostOffload
@@ -209,7 +209,6 @@ class CausalLM(nn.Module):
         logits: Tensor = self.lm_head(hidden)
         return logits
 
-    @torch.no_grad()
     def prefill(self, input_ids_RS: Tensor, cache: KVCache, plans: Plans, chunk: int = 0) -> Tensor:
         """Run the prompts and fill the cache.
 
@@ -226,39 +225,13 @@ class CausalLM(nn.Module):
         cache.require("prefill")
         if self.execution.parallel is not None:
             return parallel_prefill(self, input_ids_RS, cache, plans, chunk)
-        if len(cache.lengths) != input_ids_RS.shape[0] or max(cache.lengths) > input_ids_RS.shape[1]:
-            raise ValueError(f"prompts {tuple(input_ids_RS.shape)} do not hold rows of {cache.lengths} tokens")
-        device = input_ids_RS.device
-        last_C: list[Tensor] = [torch.empty(0)] * len(cache.lengths)
-        for part in cache.parts(chunk):
-            borders = [0, *accumulate(b - a for _, a, b in part)]
-            hidden_TC = self.model(
-                torch.cat([input_ids_RS[row, a:b] for row, a, b in part]),
-                positions=torch.cat([torch.arange(a, b, device=device) for _, a, b in part]),
-                cu_seqlens=torch.tensor(borders, dtype=torch.int32, device=device),
-                max_seqlen=max(b - a for _, a, b in part),
-                plans=plans,
-                cache=cache,
-            )
-            for (row, _, b), border in zip(part, borders[1:], strict=True):
-                if b == cache.lengths[row]:
-                    last_C[row] = hidden_TC[border - 1].clone()
-        cache.end_prefill()
-        return self.logits(torch.stack(last_C)).float()
+        return prefill(self, input_ids_RS, cache, plans, chunk)
 
-    @torch.no_grad()
     def decode(self, input_ids_R1: Tensor, cache: KVCache, plans: Plans) -> Tensor:
         """One more token per row, int64 [R, 1] -> logits fp32 [R, V]."""
         cache.require("decode")
         if input_ids_R1.shape != (len(cache.lengths), 1):
             raise ValueError(f"decode takes one token per row, {len(cache.lengths)} rows: {input_ids_R1.shape}")
-        hidden_RC = self.model(
-            input_ids_R1[:, 0],
-            positions=cache.lengths_R,
-            cu_seqlens=cache.cu_seqlens(),
-            max_seqlen=1,
-            plans=plans,
-            cache=cache,
-        )
-        cache.end_step()
-        return self.logits(hidden_RC).float()
+        logits = decode_on_device(self, input_ids_R1, cache, plans)
+        cache.end_step_on_host()
+        return logits
