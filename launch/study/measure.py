@@ -9,18 +9,22 @@ from __future__ import annotations
 
 import tempfile
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from conf.compose import compose
 from conf.schema import EvalConfig
-from data.loader import long_documents
+from data.batch import Batch
+from data.loader import collate, long_documents
+from data.packing import Pieces, build_row
 from data.store import TokenStore
 from eval.load import Loaded, compared_plans, find_source, load_source
-from eval.loss import FIRST_BUCKET, TRAILING, LossSums, sum_losses
+from eval.loss import FIRST_BUCKET, MEAN, TRAILING, LossSums, sum_losses
 from eval.suites import Evaluation
 from eval.task_suites import needle_suite, ruler_suite
 from launch.study.plan import LossAt
@@ -61,6 +65,8 @@ def _losses(loaded: Loaded, plans: dict[str, Any], at: LossAt, folder: Path) -> 
     """Mean loss of every document, by plan: of its tokens, of the trailing ones, and in each bucket."""
     seq_len, trailing = int(at.seq_len), int(at.trailing)
     store = TokenStore(folder, "heldout")
+    if at.whole:
+        return _answers(loaded, plans, at, store)
     documents: list[Json] = []
     edges: tuple[int, ...] = ()
     for batch in long_documents(store, seq_len, seq_len * int(at.documents)):
@@ -71,6 +77,26 @@ def _losses(loaded: Loaded, plans: dict[str, Any], at: LossAt, folder: Path) -> 
         edges = next(iter(sums.values())).edges
         documents.append({name: _means(sums[name]) for name in plans})
     return {"seq_len": seq_len, "trailing": trailing, "set": at.set, "edges": edges, "documents": documents}
+
+
+def _answers(loaded: Loaded, plans: dict[str, Any], at: LossAt, store: TokenStore) -> Json:
+    """Mean loss over the targets of whole documents, which retrieval tasks have in their answers only, by plan."""
+    seq_len = int(at.seq_len)
+    documents = []
+    for batch in whole_documents(store, seq_len, int(at.documents)):
+        sums = sum_losses(loaded.model, [batch], plans, bucket=seq_len, trailing=0, device=loaded.device)
+        lines = {name: sums[name].table.cpu()[MEAN] for name in plans}
+        documents.append({name: {"loss": _ratio(line), "tokens": int(line[1])} for name, line in lines.items()})
+    return {"seq_len": seq_len, "set": at.set, "whole": True, "documents": documents}
+
+
+def whole_documents(store: TokenStore, seq_len: int, most: int) -> Iterator[Batch]:
+    """One row a batch: a document of `seq_len` / 2 to `seq_len` tokens, evenly chosen, at most about `most`."""
+    lengths = np.diff(store.offsets)
+    fitting = np.flatnonzero((lengths > seq_len // 2) & (lengths <= seq_len))
+    for doc in fitting[:: max(1, len(fitting) // most)]:
+        pieces = Pieces(np.array([int(doc)]), np.zeros(1, np.int64), lengths[doc : doc + 1])
+        yield replace(collate([build_row(store, pieces, seq_len)]), weights=None)
 
 
 def _means(sums: LossSums) -> Json:

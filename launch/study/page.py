@@ -9,15 +9,18 @@ from typing import Any
 
 from conf.schema import ModelConfig, StudyConfig
 from eval.files import write_atomic
-from launch.study.pictures import Arms, draw_all
+from launch.study.laws import laws
+from launch.study.pictures import draw_all
 from launch.study.places import Places
 from launch.study.plan import Group, Plan, arms_of
 from launch.study.sets import TEXT
 from launch.study.stats import (
+    Arms,
     Json,
     baseline_of,
     by_choice,
     difference,
+    longest,
     mean_of,
     own_plan,
     plan_difference,
@@ -71,23 +74,38 @@ def _group_parts(name: str, group: Group, arms: Arms) -> list[str]:
         return parts
     some = next(iter(next(iter(arms.values())).values()))
     for at, place in enumerate(some["losses"]):
-        what = "answers of held-out conversations" if place["set"] == "chat" else "held-out documents"
-        head = f"**{name}**: first {place['seq_len']:,} tokens of {len(place['documents'])} {what}"
-        rows = []
-        for key, seeds in arms.items():
-            row = [" ".join(key) or name, str(len(seeds)), mean_of(seeds, at, "loss").text]
-            row.append(mean_of(seeds, at, "trailing").text)
-            base = baseline_of(group, key)
-            gaps = [difference(seeds, arms.get(base, {}), at, w) if base else None for w in ("loss", "trailing")]
-            gaps.append(plan_difference(seeds, at, "loss"))
-            rows.append([*row, *("" if gap is None else _gap_text(gap) for gap in gaps)])
-        titles = ["arm", "seeds", "loss", f"last {place['trailing']:,} tokens"]
-        minus = f"minus {group.baseline.partition('=')[2]}"
-        if group.baseline:
-            titles += [f"loss, {minus}", f"last {place['trailing']:,}, {minus}", "same weights: MoBA minus full"]
-        parts += [head, _table(titles, [row[: len(titles)] for row in rows])]
+        parts += _loss_parts(name, group, arms, at, place)
+    if set(group.axes) == {"size", "attention"}:
+        fits = [f"- {kind}: {law.text}" for kind, law in laws(arms).items()]
+        parts += ["**Power laws**, C in FLOPs of the dense parts:", "\n".join(fits)] if fits else []
     parts += _task_parts(arms)
     return parts
+
+
+def _loss_parts(name: str, group: Group, arms: Arms, at: int, place: Json) -> list[str]:
+    whole = place.get("whole", False)
+    measures = ("loss",) if whole else ("loss", "trailing")
+    rows = []
+    for key, seeds in arms.items():
+        row = [" ".join(key) or name, str(len(seeds)), *(mean_of(seeds, at, what).text for what in measures)]
+        base = baseline_of(group, key)
+        gaps = [difference(seeds, arms.get(base, {}), at, what) if base else None for what in measures]
+        gaps.append(plan_difference(seeds, at, "loss"))
+        rows.append([*row, *("" if gap is None else _gap_text(gap) for gap in gaps)])
+    last = [] if whole else [f"last {place['trailing']:,}"]
+    titles = ["arm", "seeds", "loss", *(f"{one} tokens" for one in last)]
+    minus = f"minus {group.baseline.partition('=')[2]}"
+    if group.baseline:
+        titles += [f"{one}, {minus}" for one in ("loss", *last)] + ["same weights: MoBA minus full"]
+    count, length = len(place["documents"]), f"{place['seq_len']:,}"
+    if whole:
+        head = (
+            f"answers of {count} held-out retrieval tasks of up to {length} tokens, nats per token of the answer"
+        )
+    else:
+        what = "answers of held-out conversations" if place["set"] == "chat" else "held-out documents"
+        head = f"first {length} tokens of {count} {what}"
+    return [f"**{name}**: {head}", _table(titles, [row[: len(titles)] for row in rows])]
 
 
 def _gap_text(gap: Any) -> str:
@@ -165,7 +183,7 @@ def _arms_table(results: Sequence[Json]) -> str:
                                         for stage, text in result["train"]["plans"]))  # fmt: skip
         loss = "–"
         if result.get("losses"):
-            mean = mean_of({0: result}, len(result["losses"]) - 1, "loss").value
+            mean = mean_of({0: result}, longest(result), "loss").value
             loss = f"{mean:.4f} ({own_plan(result)})"
         parameters = num_parameters(ModelConfig(**result["model"]))
         rows.append([f"`{result['arm']}`", f"{parameters / 1e6:.1f}M", result["starts"] or "fresh",

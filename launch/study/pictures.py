@@ -7,16 +7,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from conf.schema import ModelConfig
 from eval.files import write_atomic
 from eval.plots import canvas, png_of
-from eval.powerlaw import fit_power_law
 from eval.style import LIGHT
+from launch.study.laws import dense_flops, laws
 from launch.study.plan import Plan
-from launch.study.stats import Json, Key, by_choice, difference, mean_curve, mean_of
+from launch.study.stats import Arms, Json, Key, by_choice, difference, longest, mean_curve, mean_of
 
 COLOURS = {"full": LIGHT.full, "moba": LIGHT.moba, "hybrid": "#2f8f5b"}
-Arms = dict[Key, dict[int, Json]]
 
 
 def draw_all(name: str, plan: Plan, results: Sequence[Json], out: Path) -> list[str]:
@@ -31,7 +29,7 @@ def draw_all(name: str, plan: Plan, results: Sequence[Json], out: Path) -> list[
 
     for group, described in plan.groups.items():
         arms = by_choice(results, group, described)
-        if not arms or group in ("base", "start", "moba"):
+        if not arms or group in ("base", "start", "moba", "rates"):
             continue
         if name == "parity":
             save(f"compute-{group}.png", 8.4, 3.5, partial(_compute, arms=arms))
@@ -52,45 +50,25 @@ def draw_all(name: str, plan: Plan, results: Sequence[Json], out: Path) -> list[
     return drawn
 
 
-def training_flops(result: Json) -> float:
-    """Useful FLOPs of the arm's own training: its steps under the plan of each stage, its start not counted."""
-    from model.flops import flops_per_token
-    from model.schedule import FULL, LayerPlan
-
-    config, total, before = ModelConfig(**result["model"]), 0.0, 0
-    for stage, facts in result["train"]["stages"].items():
-        text = next(str(plan) for name, plan in result["train"]["plans"] if name == stage)
-        layer = FULL
-        if text.startswith("moba"):
-            size, topk = text.split()[1].split("x")
-            layer = LayerPlan("moba", int(size), int(topk))
-        tokens, before = facts["tokens"] - before, facts["tokens"]
-        total += tokens * flops_per_token(config, facts["seq_len"], (layer,) * config.num_layers).total
-    return total
-
-
 def _compute(figure: Any, arms: Arms) -> bool:
     """Loss against training FLOPs by size, with fits; beside it the difference by size."""
     left, right = figure.add_subplot(1, 2, 1), figure.add_subplot(1, 2, 2)
-    for kind in ("full", "moba"):
-        points = []
-        for (_, attention), seeds in arms.items():
-            if attention == kind:
-                mean = mean_of(seeds, 0, "loss")
-                points.append((training_flops(next(iter(seeds.values()))), mean.value, mean.seeds or 0.0))
-        if not points:
+    fitted = laws(arms)
+    for kind, mark in (("full", "o"), ("moba", "s")):
+        own = [seeds for (_, attention), seeds in arms.items() if attention == kind]
+        if not own:
             return False
-        x, y, error = (list(column) for column in zip(*sorted(points), strict=True))
-        left.errorbar(x, y, yerr=error, fmt="o", color=COLOURS[kind], label=kind, capsize=3)
-        law = fit_power_law(x, y)
-        if law is not None and law.exponent > 0:  # else more compute went with more loss: no law to show
-            fitted = [law.scale * c**-law.exponent for c in x]
-            left.plot(x, fitted, color=COLOURS[kind], linewidth=1, linestyle=":",
+        means = [mean_of(seeds, 0, "loss") for seeds in own]
+        x = [dense_flops(next(iter(seeds.values()))) for seeds in own]
+        left.errorbar(x, [m.value for m in means], yerr=[m.seeds or 0.0 for m in means], fmt=mark,
+                      color=COLOURS[kind], label=kind, capsize=3)  # fmt: skip
+        if law := fitted.get(kind):
+            left.plot(x, [law.at(c) for c in x], color=COLOURS[kind], linewidth=1, linestyle=":",
                       label=f"{kind}: exponent {law.exponent:.3f}")  # fmt: skip
     left.set_xscale("log")
     left.xaxis.set_major_formatter(lambda value, _: f"{value:.0e}")
     left.xaxis.set_minor_formatter(lambda value, _: "")
-    left.set_xlabel("FLOPs of the arm's training")
+    left.set_xlabel("FLOPs of the dense parts in training")
     left.set_ylabel("held-out loss (nats per token)")
     left.legend(fontsize=8.5)
     labels = []
@@ -136,7 +114,7 @@ def _by_size(figure: Any, arms: Arms) -> bool:
 def _position(figure: Any, arms: Arms) -> bool:
     """Loss by position at the longest length measured; beside it the difference to full attention."""
     left, right = figure.add_subplot(1, 2, 1), figure.add_subplot(1, 2, 2)
-    at = len(next(iter(next(iter(arms.values())).values()))["losses"]) - 1
+    at = longest(next(iter(next(iter(arms.values())).values())))
     base = next((seeds for key, seeds in arms.items() if key[-1] == "full"), None)
     for key, seeds in arms.items():
         x, means = mean_curve(seeds, at)

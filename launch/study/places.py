@@ -10,11 +10,13 @@ from conf.schema import StudyConfig
 from launch.study.plan import Arm, Group, load_plan, scale_of
 
 RESULTS = Path("docs/results")
-SETS = ("text", "chat", "synthetic")
+SETS = ("text", "chat", "synthetic", "synthetic_short")
 RECIPES = {
     "recipe=study": ["text"],
+    "recipe=study_base": ["text"],
     "recipe=study_sft": ["chat"],
-    "recipe=study_extend": ["text", "synthetic"],
+    "recipe=study_retrieval": ["text", "synthetic_short"],
+    "recipe=study_extend": ["text", "synthetic", "synthetic_short"],
 }
 
 
@@ -48,7 +50,7 @@ class Places:
     def set_overrides(self, group: Group) -> list[str]:
         """Where a group's recipe finds its sets, which are there: nothing is to be made of a source again."""
         names = used_sets(group)
-        made = ["data.sets.synthetic.source=''"] if "synthetic" in names else []
+        made = [f"data.sets.{name}.source=''" for name in names if name.startswith("synthetic")]
         return [*(f"data.sets.{name}.path={self.data / name}" for name in names), *made]
 
 

@@ -31,13 +31,17 @@ START = "START"  # in overrides: the run folder that the arm starts from
 
 @dataclass
 class LossAt:
-    """Losses over the first `seq_len` tokens of held-out documents, the last `trailing` of them apart."""
+    """Losses over the first `seq_len` tokens of held-out documents, the last `trailing` of them apart.
+
+    `whole`: of all targets of documents of `seq_len` / 2 to `seq_len` tokens instead, nothing apart: of answers.
+    """
 
     seq_len: str = ""
-    trailing: str = ""
+    trailing: str = "0"
     buckets: int = 16
     documents: str = "64"
-    set: str = "text"  # text | chat
+    set: str = "text"  # text | chat | synthetic
+    whole: bool = False
 
 
 @dataclass

@@ -40,10 +40,9 @@ def ensure_sets(plan: Plan, config: StudyConfig, places: Places, values: dict[st
         chats = places.data / "chats.jsonl"
         write_chats(text, chats, int(values["chat_chars"]), HELDOUT, int(values["chat_documents"]))
         prepare(places.data / "chat", str(chats), HELDOUT, own, read=ReadConfig(kind="chat"))
-    if "synthetic" in missing:
-        made = SyntheticConfig(lengths=[int(n) for n in values["synthetic_lengths"]],
-                               documents=int(values["synthetic_documents"]))  # fmt: skip
-        prepare(places.data / "synthetic", "synthetic", HELDOUT, own, synthetic=made)
+    for name in missing:
+        if name.startswith("synthetic"):
+            prepare(places.data / name, "synthetic", HELDOUT, own, synthetic=SyntheticConfig(**values[name]))
 
 
 def describe_text(places: Places) -> None:

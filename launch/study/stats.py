@@ -13,6 +13,7 @@ from launch.study.plan import Group
 
 Json = dict[str, Any]
 Key = tuple[str, ...]  # choices of an arm, in the order of the group's axes
+Arms = dict[Key, dict[int, Json]]  # choices -> seed -> result
 
 
 @dataclass(frozen=True)
@@ -44,8 +45,10 @@ class Mean:
 
 
 def read_results(folder: Path) -> list[Json]:
-    """The results of all finished arms, by name."""
-    return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("arms/*.json"))]
+    """The results of all finished arms, by name; in each as `start` that of the arm it started from, or None."""
+    found = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("arms/*.json"))]
+    named = {result["arm"]: result for result in found}
+    return [result | {"start": named.get(result["starts"])} for result in found]
 
 
 def own_plan(result: Json) -> str:
@@ -54,9 +57,14 @@ def own_plan(result: Json) -> str:
     return next(name for name, text in result["plans"].items() if text == last)
 
 
-def by_choice(results: Sequence[Json], name: str, group: Group) -> dict[Key, dict[int, Json]]:
+def longest(result: Json) -> int:
+    """Which of the result's losses is that by position at the greatest length."""
+    return max(at for at, place in enumerate(result["losses"]) if not place.get("whole"))
+
+
+def by_choice(results: Sequence[Json], name: str, group: Group) -> Arms:
     """Choices -> seed -> result, of the measured arms of a group, in the order of its axes."""
-    found: dict[Key, dict[int, Json]] = {}
+    found: Arms = {}
     for result in results:
         if result["group"] == name and result.get("losses"):
             found.setdefault(tuple(result["choices"].values()), {})[int(result["seed"])] = result

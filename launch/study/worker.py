@@ -15,7 +15,7 @@ import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -112,7 +112,7 @@ def run_arm(arm: Arm, plan: Plan, config: StudyConfig, places: Places, start: St
 
 def _filled_loss(at: LossAt, values: Json) -> LossAt:
     seq_len, trailing, documents = filled([at.seq_len, at.trailing, at.documents], values)
-    return LossAt(seq_len, trailing, at.buckets, documents, at.set)
+    return replace(at, seq_len=seq_len, trailing=trailing, documents=documents)
 
 
 def _training(rows: list[Json]) -> Json:

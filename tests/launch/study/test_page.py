@@ -7,8 +7,8 @@ import pytest
 
 from conf.schema import StudyConfig
 from launch.packages import ROOT
+from launch.study.laws import training_flops
 from launch.study.page import write_page
-from launch.study.pictures import training_flops
 from launch.study.places import Places
 from launch.study.plan import load_plan
 from launch.study.stats import read_results
@@ -35,7 +35,7 @@ def test_pages_are_what_their_results_say(name: str, tmp_path: Path) -> None:
 
 
 def test_flops_are_those_of_the_stages_and_their_plans() -> None:
-    results = {result["arm"]: result for result in read_results(RESULTS / "granularity")}
+    results = {result["arm"]: result for result in read_results(RESULTS / "granularity/earlier")}
     from conf.schema import ModelConfig
 
     moba = results["blocks-8of32-s0"]

@@ -44,7 +44,7 @@ def test_arms_compose_and_validate(name: str, scale: str) -> None:
         assert resolved.seed == arm.seed
         for at in group.losses:
             seq_len, trailing = filled([at.seq_len, at.trailing], values)
-            assert 0 < int(trailing) < int(seq_len)
+            assert int(trailing) < int(seq_len) and (int(trailing) > 0) != at.whole
 
 
 def test_arms_compare_like_with_like() -> None:
@@ -55,16 +55,16 @@ def test_arms_compare_like_with_like() -> None:
 
 
 def test_seeds_come_one_after_another_and_starts_come_first() -> None:
-    found = arms("trailing", "h200", arms=["continued"], seeds=[3, 5])
+    found = arms("trailing", "h200", seeds=[3, 5])
     names = [arm.name for arm in found]
-    assert names[0] == "base-m-s3" and "base-m-s5" not in names  # a base has the first seed alone
-    assert [arm.seed for arm in found if arm.group == "continued"] == [3] * 3 + [5] * 3
+    assert names[0] == "base-s3" and "base-s5" not in names  # a base has the first seed alone
+    assert [arm.seed for arm in found if arm.group == "train"] == [3] * 3 + [5] * 3
     assert all(arm.starts in names[: names.index(arm.name)] for arm in found if arm.starts)
 
 
 def test_only_what_is_asked_for_and_needed_is_run() -> None:
     found = arms("extension", "tiny", arms=["extend-moba"])
-    assert [arm.name for arm in found] == ["base-m-s0", "start-s0", "extend-moba-s0"]
+    assert [arm.name for arm in found] == ["base-s0", "start-s0", "extend-moba-s0"]
     assert any(START in line for line in found[-1].overrides)
     assert "init.checkpoint=runs/start-s0" in with_start(found[-1], Path("runs"))
 

@@ -16,12 +16,15 @@ from launch.study.plan import Arm, Plan
 from launch.study.speed_page import speed_parts
 from tests.launch.study.texts import make_packages
 
-TINY = ["stages.main.seq_len=64", "stages.main.tokens=512", "stages.main.global_batch=1", "model.num_layers=1"]
+TINY = [
+    "stages.main.seq_len=64", "stages.main.tokens=512", "stages.main.global_batch=1", "stages.main.micro_batch=1",
+    "model.num_layers=1",
+]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def study(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
-    """A trailing study from scratch, smaller than tiny, run once."""
+    """A trailing study, smaller than tiny, run once."""
     root = tmp_path_factory.mktemp("study")
     text = make_packages(root / "in", 40)
     quoted = ",".join(f"'{line}'" for line in TINY)
@@ -36,7 +39,7 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
 def test_every_arm_leaves_its_losses_by_document_and_a_page(study: tuple[Path, list[str]]) -> None:
     root, _ = study
     results = {path.stem: json.loads(path.read_text()) for path in (root / "results" / "arms").glob("*.json")}
-    assert set(results) == {"train-full-s0", "train-moba-s0"}
+    assert set(results) == {"base-s0", "train-full-s0", "train-moba-s0"}
     moba = results["train-moba-s0"]
     assert moba["train"]["steps"][-1][0] == 512 and moba["plans"]["moba"] == "moba 32x3"
     documents = moba["losses"][0]["documents"]
@@ -67,7 +70,7 @@ def test_only_what_is_missing_is_run_again(
     assert main(command[:-1]) == 0
     assert kept.stat().st_mtime_ns == before
     assert json.loads(lost.read_text())["losses"] == old["losses"]  # measured again, from the finished run
-    assert "1 of 2 arms to run" in capfd.readouterr().out
+    assert "1 of 3 arms to run" in capfd.readouterr().out
 
 
 def test_no_arm_begins_after_its_time(study: tuple[Path, list[str]], capfd: pytest.CaptureFixture[str]) -> None:
@@ -117,4 +120,4 @@ def test_a_signal_ends_all_and_a_failure_only_what_starts_from_it(
 
     monkeypatch.setattr(worker, "run_arm", run_arm)
     assert worker.work(config) == (EXIT_REQUEUE if isinstance(error, worker.Stopped) else 1)
-    assert tried == ["base-m-s0", "start-s0"]
+    assert tried == ["base-s0", "start-s0"]
