@@ -25,8 +25,9 @@ _SDPA_ORDER = [
     SDPBackend.EFFICIENT_ATTENTION,
     SDPBackend.MATH,
 ]
-# Under torch.use_deterministic_algorithms; cuDNN's gradient and the efficient kernel's are sums in any order.
+# Under torch.use_deterministic_algorithms: cuDNN and the efficient kernel sum gradients in any order.
 _DETERMINISTIC = [SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
+_BLOCK, _MOST_BLOCKS = 4096, 64  # of MoBA as full attention; lists of more blocks take too much memory
 
 
 def full_attention(
@@ -42,7 +43,8 @@ def full_attention(
     """Causal attention, out [T, H, D]. KV is not expanded to the query heads by this function.
 
     Documents of one length (one document above all) go through one batched SDPA call. Others run on
-    flash-attention on a GPU in half precision, else document by document.
+    flash-attention on a GPU in half precision, else document by document. Under
+    `torch.use_deterministic_algorithms` gradients too are bit-equal from run to run, on a GPU by slower ways.
 
     Args:
         q_THD: [T, H, D]; k_THD, v_THD: [T, Hkv, D], H a multiple of Hkv.
@@ -59,6 +61,8 @@ def full_attention(
     scale = 1 / math.sqrt(q_THD.shape[-1]) if softmax_scale is None else softmax_scale
     if num_docs * max_seqlen < num_tokens:
         raise ValueError(f"max_seqlen={max_seqlen}: longer documents among the {num_docs} in {num_tokens} tokens")
+    if torch.are_deterministic_algorithms_enabled() and _by_blocks(q_THD, min(max_seqlen, num_tokens)):
+        return _all_blocks(q_THD, k_THD, v_THD, cu_seqlens, min(max_seqlen, num_tokens), scale)
     if num_docs * max_seqlen == num_tokens or num_docs == 1:  # then every document has the same length
         return _sdpa(q_THD, k_THD, v_THD, num_docs, scale)
     kernels = flash.find(q_THD)
@@ -73,6 +77,26 @@ def full_attention(
         return _sdpa(q_THD, k_THD, v_THD, len(lengths), scale)
     pieces = zip(q_THD.split(lengths), k_THD.split(lengths), v_THD.split(lengths), strict=True)
     return torch.cat([_sdpa(q, k, v, 1, scale) for q, k, v in pieces])
+
+
+def _by_blocks(q_THD: Tensor, longest: int) -> bool:
+    """Whether MoBA's kernels take these queries, with all blocks chosen: sums in a fixed order, and half the time
+    of flash-attention 2 with that property."""
+    if q_THD.device.type != "cuda" or longest > _MOST_BLOCKS * _BLOCK:
+        return False
+    from model.dispatch import resolve_backend
+
+    shape = {"head_dim": q_THD.shape[-1], "block_size": _BLOCK}
+    return resolve_backend("auto", device=q_THD.device, dtype=q_THD.dtype, **shape).name == "triton"
+
+
+def _all_blocks(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, longest: int, scale: float) -> Tensor:
+    from model.moba.api import moba_attention  # which imports this module
+
+    return moba_attention(
+        q, k, v, block_size=_BLOCK, topk=-(-longest // _BLOCK), cu_seqlens=cu_seqlens, max_seqlen=longest,
+        softmax_scale=scale, backend="triton",
+    )  # fmt: skip
 
 
 def _sdpa(q_THD: Tensor, k_THD: Tensor, v_THD: Tensor, num_docs: int, scale: float) -> Tensor:

@@ -1,8 +1,8 @@
 """`engine.deterministic`: the same run gives the same bits, on a GPU too.
 
 MoBA's kernels, the optimizer and the collectives do so anyway; the backward of cuDNN's full attention does not.
-With the switch every operation of torch has to be deterministic: full attention runs on flash-attention 2, whose
-gradient is then summed in a fixed order, and an operation that cannot be deterministic is torch's error.
+With the switch every operation of torch has to be deterministic: full attention takes those ways of `model.full`
+that are, and an operation that cannot be is torch's error.
 """
 
 from __future__ import annotations

@@ -68,6 +68,7 @@ def _warm(run: Callable[[], Any]) -> None:
 
 
 def captured(run: Callable[[], Any]) -> Callable[[], Any]:
+    """`run`, warmed up, as a CUDA graph: a call replays it and returns the tensors it then holds."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -75,8 +76,13 @@ def captured(run: Callable[[], Any]) -> Callable[[], Any]:
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        run()
-    return graph.replay
+        out = run()
+
+    def replay() -> Any:
+        graph.replay()
+        return out
+
+    return replay
 
 
 def median_ms(run: Callable[[], Any], samples: int = 5) -> float:

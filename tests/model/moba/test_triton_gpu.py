@@ -4,6 +4,7 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
+from eval.bench.timing import captured
 from model.moba.api import choose_blocks, moba_attention
 from model.moba.blocks import build_block_table
 from model.moba.reference import reference_attend, reference_choose
@@ -110,17 +111,7 @@ def test_a_cuda_graph_captures_forward_and_backward():
         )
 
     expected = step()
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
-    graph.replay()
-    torch.cuda.synchronize()
-    for name, a, b in zip(NAMES, captured, expected, strict=True):
+    for name, a, b in zip(NAMES, captured(step)(), expected, strict=True):
         assert torch.equal(a, b), name
 
 

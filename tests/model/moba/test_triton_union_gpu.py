@@ -4,6 +4,7 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
+from eval.bench.timing import captured
 from model.moba import triton_op, triton_union_op
 from model.moba.api import choose_blocks
 from model.moba.blocks import build_block_table
@@ -48,17 +49,7 @@ def test_three_runs_and_a_graph_give_equal_bits(case):
         return _run(lambda q, k, v: triton_union_op.attend(q, k, v, ids, table, scale), leaves, dout)
 
     first = once()
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        once()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = once()
-    graph.replay()
-    torch.cuda.synchronize()
-    for other in (once(), once(), captured):
+    for other in (once(), once(), captured(once)()):
         for name, a, b in zip(NAMES, first, other, strict=True):
             assert torch.equal(a, b), name
     routed = _run(lambda q, k, v: triton_op.attend(q, k, v, ids, table, scale), leaves, dout)
