@@ -174,6 +174,7 @@ def interrupted_twice(config: TrainConfig, where: str) -> None:
             time.sleep(1.2)
         time.sleep(600)
 
+    config.checkpoint.background = False  # saved is saved, however slow the machine
     if where == "evaluate":
         genuine, calls = run.Heldout.evaluate, [0]
 
@@ -183,7 +184,6 @@ def interrupted_twice(config: TrainConfig, where: str) -> None:
 
         run.Heldout.evaluate = evaluate  # type: ignore[method-assign]
     else:
-        config.checkpoint.background = False
         checkpoint.write_shard = endless
     stage_on(config, "short")
 
