@@ -16,7 +16,7 @@ from model import recompute
 from model.attention import Attention, Packed, Probe
 from model.cache import KVCache
 from model.execution import Execution
-from model.layers import MLP, RMSNorm
+from model.layers import MLP, ResidualNorm
 from model.offload import HostOffload
 from model.schedule import LayerPlan
 
@@ -28,8 +28,8 @@ class Block(nn.Module):
         super().__init__()
         self.self_attn = Attention(config, layer, backend, execution)
         self.mlp = MLP(config.hidden_size, config.intermediate_size, execution)
-        self.input_layernorm = RMSNorm(config.hidden_size, config.norm_eps, execution)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.norm_eps, execution)
+        self.input_layernorm = ResidualNorm(config.hidden_size, config.norm_eps, execution)
+        self.post_attention_layernorm = ResidualNorm(config.hidden_size, config.norm_eps, execution)
         self.checkpointing = execution.checkpointing
 
     def forward(
@@ -52,19 +52,22 @@ class Block(nn.Module):
             whole = partial(self._whole, packed=packed, layer_plan=layer_plan, choices=choices)
             return recompute.full(whole, x, choices, offload)
         return recompute.selective(
-            lambda x: self.self_attn.lead(self.input_layernorm(x), packed),
+            lambda x: self.self_attn.lead(self.input_layernorm(x)[1], packed),
             lambda q, k, v: self.self_attn.attend(q, k, v, packed, layer_plan),
-            lambda x, out: self._rest(x + self.self_attn.finish(out, x.shape)),
+            lambda x, out: self._rest(x, self.self_attn.finish(out, x.shape)),
             x,
             block_bound(packed, layer_plan),
             offload,
         )
 
     def _whole(self, x: Tensor, **attention: Any) -> Tensor:
-        return self._rest(x + self.self_attn(self.input_layernorm(x), **attention))
+        x, normed = self.input_layernorm(x)
+        return self._rest(x, self.self_attn(normed, **attention))
 
-    def _rest(self, x: Tensor) -> Tensor:
-        return x + self.mlp(self.post_attention_layernorm(x))
+    def _rest(self, x: Tensor, attended: Tensor) -> Tensor:
+        x, normed = self.post_attention_layernorm(x, attended)
+        out: Tensor = x + self.mlp(normed)
+        return out
 
 
 def block_bound(packed: Packed, layer_plan: LayerPlan) -> int:

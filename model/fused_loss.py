@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 
 from conf.constants import IGNORE_INDEX
 from conf.errors import UserError
-from model.products import add_product
+from model.products import add_product, gradient_sum
 
 # Bytes of one tile of logits, in their own dtype. One is alive at a time. The products need some 4,000 tokens to
 # run at full speed, and each tile reads and writes the head's whole fp32 gradient once.
@@ -108,7 +108,7 @@ class _FusedCrossEntropy(torch.autograd.Function):
             if needed[1]:
                 grad_weight = add_product(grad_weight, logits, hidden)
         # As attributes, so that backward can let go of them; `saved_tensors` would keep them for its whole call.
-        ctx.grads, ctx.dtype = (grad_hidden, grad_weight), weight_VC.dtype
+        ctx.grads, ctx.dtype, ctx.into = (grad_hidden, grad_weight), weight_VC.dtype, gradient_sum(weight_VC)
         ctx.mark_non_differentiable(losses_T)
         return (losses_T if weights_T is None else losses_T * weights_T).sum(), losses_T
 
@@ -121,7 +121,13 @@ class _FusedCrossEntropy(torch.autograd.Function):
         scale = grad_sum.float().reshape(1)  # with a dimension: a scalar would be rounded to bf16 first
         if grad_hidden is not None:
             torch.mul(grad_hidden, scale, out=grad_hidden)
-        if grad_weight is not None:
+        if grad_weight is not None and ctx.into is not None:
+            if ctx.into.begin():
+                torch.mul(grad_weight, scale, out=ctx.into.total)
+            else:
+                ctx.into.total.addcmul_(grad_weight, scale)
+            grad_weight = None
+        elif grad_weight is not None:
             out = grad_weight if ctx.dtype == grad_weight.dtype else torch.empty_like(grad_weight, dtype=ctx.dtype)
             grad_weight = torch.mul(grad_weight, scale, out=out)
         return grad_hidden, grad_weight, None, None, None, None

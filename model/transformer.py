@@ -19,6 +19,7 @@ from conf.schema import ModelConfig, RopeConfig
 from model.attention import Packed, Probe
 from model.block import Block
 from model.cache import KVCache
+from model.embedding import Embedding
 from model.execution import PLAIN, Execution
 from model.generation import decode_on_device, prefill
 from model.layers import RMSNorm
@@ -30,14 +31,6 @@ from model.schedule import LayerPlan
 from model.shapes import KEY_CONV, check_shapes, head_dim, parameter_shapes
 
 Plans = Sequence[LayerPlan]
-
-
-class Embedding(nn.Embedding):
-    """Draws nothing on the meta device, where torch would first import its compiler (seconds) to draw nothing."""
-
-    def reset_parameters(self) -> None:
-        if not self.weight.is_meta:
-            super().reset_parameters()
 
 
 class Trunk(nn.Module):

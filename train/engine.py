@@ -80,6 +80,8 @@ def deepspeed_config(config: TrainConfig, micro_batch: int, accumulation: int, n
         "gradient_clipping": config.optim.clip if stage else 0.0,  # stage 0: `clip_and_norm`, which also reports
         "steps_per_print": 10**9,
         "wall_clock_breakdown": False,
+        # Its stopwatch, on by default, waits for the device at both ends of every step.
+        "timers": {"throughput": {"enabled": False}},
         "zero_allow_untested_optimizer": True,  # ours is torch's AdamW, with a veto on bad steps
         "zero_optimization": {
             "stage": stage,
