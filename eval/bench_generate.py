@@ -6,8 +6,9 @@ sampled queries were found right. Prompts longer than `full_up_to` prefill with 
 then MoBA's with the attention of all layers exchanged, a sum of two measurements, and marked so. The same sum is
 given for the lengths where both were measured.
 
-Decoding is measured on a cache of random keys and values: a whole step, one by one and as a captured graph, and
-the attention of all layers alone, with the bytes it must read over the GPU's bandwidth.
+Decoding, with full attention and with MoBA, is measured on a cache of random keys and values: a whole step, one by
+one and as a captured graph, and the attention of all layers alone, with the bytes that full attention must read
+over the GPU's bandwidth.
 """
 
 from __future__ import annotations
@@ -165,30 +166,35 @@ class _Bench:
         shape, rows = self.config.model, self.config.rows
         cache = self._filled([length] * rows, STEPS)
         cache.end_prefill()
-        with torch.no_grad():
-            error = self._check_decode(cache)
-            q = [self._normal(rows, shape.num_heads, seed=layer) for layer in range(self.layers)]
-            time = replayed(lambda: [decode_attention(q[i], cache, i, FULL) for i in range(len(q))], self.place)
-            time /= self.layers
         size = 2 * rows * (length + 1) * shape.num_kv_heads * head_dim(shape) * self.dtype.itemsize
-        row = {
-            "decode_attention_us": time * 1e6,
-            "decode_attention_bytes": size,
-            "decode_bytes_per_s": size / time,
-            "decode_error": error,
-        }
+        row: Row = {"decode_attention_bytes": size}
+        for name, plan in self.plans.items():
+            time, error = self._decode_attention(cache, plan)
+            row |= {f"decode_{name}_attention_us": time * 1e6, f"decode_{name}_error": error}
+        speed = row["decode_bytes_per_s"] = size / row["decode_full_attention_us"] * 1e6
         card = gpu_of_device(torch.cuda.get_device_name()) if self.place.type == "cuda" else None
         if card is not None:
-            row["decode_bandwidth_share"] = size / time / card.bandwidth
+            row["decode_bandwidth_share"] = speed / card.bandwidth
         return row | self._steps(length)
 
+    @torch.no_grad()
+    def _decode_attention(self, cache: KVCache, plan: LayerPlan) -> tuple[float, float]:
+        """Seconds of one layer's attention, after the last row's was checked in the first; the error."""
+        rows = self.config.rows
+        q = [self._normal(rows, self.config.model.num_heads, seed=layer) for layer in range(self.layers)]
+        out, end = decode_attention(q[0], cache, 0, plan), cache.lengths[-1] + 1
+        keys, values = cache.keys[0][-1, :end], cache.values[0][-1, :end]
+        error = check_queries(f"{plan.kind} decode", q[0][-1:], keys, values, out[-1:], plan)
+        time = replayed(lambda: [decode_attention(q[i], cache, i, plan) for i in range(len(q))], self.place)
+        return time / self.layers, error
+
     def _steps(self, length: int) -> Row:
-        """Milliseconds of whole steps: full attention one by one and captured, MoBA one by one."""
+        """Milliseconds of whole steps with full attention and with MoBA, one by one and captured."""
         token = torch.zeros((self.config.rows, 1), dtype=torch.int64, device=self.place)
         found, logits = {}, {}
-        ways = [("full", FULL, 0), ("moba", self.plans["moba"], 0)]
-        if capturable(self.model, (FULL,) * self.layers):
-            ways.append(("full_graph", FULL, STEPS))
+        graphs = capturable(self.model, (FULL,) * self.layers)
+        ways = [(name, plan, 0) for name, plan in self.plans.items()]
+        ways += [(f"{name}_graph", plan, STEPS) for name, plan, _ in ways if graphs]
         for name, plan, steps in ways:
             cache = self._filled([length] * self.config.rows, STEPS)
             cache.end_prefill()
@@ -197,15 +203,10 @@ class _Bench:
                 logits[name] = decoder(token).clone()
             times = sorted(once(partial(decoder, token), self.place) for _ in range(STEPS - 3))
             found[f"decode_{name}_ms"] = times[len(times) // 2] * 1e3
-        if "full_graph" in logits:
-            compare("a captured step", logits["full_graph"], logits["full"], logits["full"])
+        for name in self.plans if graphs else ():
+            plain = logits[name]
+            compare(f"a captured step, {name},", logits[f"{name}_graph"], plain, plain)
         return found
-
-    def _check_decode(self, cache: KVCache) -> float:
-        q = self._normal(self.config.rows, self.config.model.num_heads, seed=0)
-        out, end = decode_attention(q, cache, 0, FULL), cache.lengths[-1] + 1
-        keys, values = cache.keys[0][-1, :end], cache.values[0][-1, :end]
-        return check_queries("decode", q[-1:], keys, values, out[-1:], FULL)
 
     def _filled(self, lengths: Sequence[int], room: int, layers: int = 0) -> KVCache:
         """A cache of random normal keys and values, all of its capacity."""

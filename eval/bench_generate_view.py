@@ -20,7 +20,7 @@ def line_of(row: Row) -> str:
     text = f"{row['length']:,} tokens: prefill MoBA {row['moba_prefill_s']:.3g} s, {row['speedup']:.2f}x faster"
     if "decode_full_ms" in row:
         step = row.get("decode_full_graph_ms", row["decode_full_ms"])
-        text += f"; decode {step:.3g} ms, attention {row['decode_attention_us']:.3g} us a layer"
+        text += f"; decode {step:.3g} ms, attention {row['decode_full_attention_us']:.3g} us a layer"
     return text
 
 
@@ -30,7 +30,7 @@ def print_table(report: Row, out: Console) -> None:
 
     table = Table(title=f"{report['model']['num_layers']} layers on {report['gpu']}, MoBA {_plan(report)}")
     columns = ("tokens", "prefill MoBA s", "full s", "faster", "attention MoBA s", "full s", "step ms", "graph ms",
-               "MoBA step ms", "attention us", "of bandwidth")  # fmt: skip
+               "attention us", "of bandwidth", "MoBA step ms", "graph ms", "attention us")  # fmt: skip
     for name in columns:
         table.add_column(name, justify="right")
     for row in report["rows"]:
@@ -43,10 +43,8 @@ def print_table(report: Row, out: Console) -> None:
             f"{row['full_attention_s']:.3g}",
         ]
         if "decode_full_ms" in row:
-            times = [row.get(f"decode_{name}_ms") for name in ("full", "full_graph", "moba")]
-            cells += ["-" if time is None else f"{time:.3g}" for time in times]
             share = row.get("decode_bandwidth_share")
-            cells += [f"{row['decode_attention_us']:.3g}", f"{share:.0%}" if share is not None else "-"]
+            cells += [*_decoded(row, "full"), f"{share:.0%}" if share is not None else "-", *_decoded(row, "moba")]
         table.add_row(*cells, *["-"] * (len(columns) - len(cells)))
     out.print(table)
     if any(row["speedup_is_of_sum"] for row in report["rows"]):
@@ -55,6 +53,12 @@ def print_table(report: Row, out: Console) -> None:
             f"* not run: MoBA's prefill with its attention exchanged for full attention's, measured in one layer "
             f"over all chunks, times {layers}"
         )
+
+
+def _decoded(row: Row, name: str) -> list[str]:
+    """Step and captured step in ms, attention in us."""
+    times = [row.get(f"decode_{name}_{what}") for what in ("ms", "graph_ms", "attention_us")]
+    return ["-" if time is None else f"{time:.3g}" for time in times]
 
 
 def _plan(report: Row) -> str:
@@ -81,17 +85,19 @@ def draw(report: Row, path: Path) -> None:
         steps = [row for row in rows if "decode_full_ms" in row]
         at = [row["length"] for row in steps]
         decode.plot(at, [row["decode_full_ms"] for row in steps], "s-", label="launch by launch", color=LIGHT.full)
-        captured = [(row["length"], row["decode_full_graph_ms"]) for row in steps if "decode_full_graph_ms" in row]
-        if captured:
-            decode.plot(*zip(*captured, strict=True), "o-", label="captured graph", color=LIGHT.moba)
+        for name, label, mark in (("full", "captured graph", "*-"), ("moba", "MoBA, captured", "o-")):
+            key, color = f"decode_{name}_graph_ms", LIGHT.full if name == "full" else LIGHT.moba
+            captured = [(row["length"], row[key]) for row in steps if key in row]
+            if captured:
+                decode.plot(*zip(*captured, strict=True), mark, label=label, color=color)
         layers = report["model"]["num_layers"]
-        attention = [row["decode_attention_us"] * layers / 1e3 for row in steps]
+        attention = [row["decode_full_attention_us"] * layers / 1e3 for row in steps]
         decode.plot(at, attention, "^--", label="of it attention", color=LIGHT.accent)
         for row, time in zip(steps, attention, strict=True):
             if "decode_bandwidth_share" in row:
                 decode.annotate(f"{row['decode_bandwidth_share']:.0%}", (row["length"], time),
                                 textcoords="offset points", xytext=(0, 6), ha="center", fontsize=8)  # fmt: skip
-        decode.set_ylabel("one decode step, full attention (ms)")
+        decode.set_ylabel("one decode step (ms)")
         decode.set_ylim(bottom=0)
         for axes, ticks in ((prefill, lengths), (decode, at)):
             axes.set_xscale("log", base=2)

@@ -38,6 +38,7 @@ def test_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert long["full_prefill_sum_s"] == pytest.approx(parts)
     assert long["speedup"] == pytest.approx(parts / long["moba_prefill_s"])
     assert short["decode_attention_bytes"] == 2 * 71 * 2 * 16 * 4  # k and v, tokens, kv heads, head_dim, fp32
+    assert min(short["decode_moba_ms"], short["decode_moba_attention_us"], short["decode_full_ms"]) > 0
     assert out.with_suffix(".png").stat().st_size > 1000
     assert "* not run" in capsys.readouterr().out
 
@@ -48,6 +49,15 @@ def test_wrong_attention_is_not_timed(tmp_path: Path, monkeypatch: pytest.Monkey
     with pytest.raises(CheckFailed, match="moba prefill of 150 tokens: relative error"):
         main(["bench", "generate", *TINY, f"out={tmp_path / 'g.json'}"])
     assert not (tmp_path / "g.json").exists()
+
+
+@pytest.mark.parametrize("kind", ["full", "moba"])
+def test_wrong_decoding_is_not_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    right = bench_generate.decode_attention
+    wrong = {"full": 1.0, "moba": 1.0, kind: 1.01}
+    monkeypatch.setattr(bench_generate, "decode_attention", lambda *args: right(*args) * wrong[args[-1].kind])
+    with pytest.raises(CheckFailed, match=f"{kind} decode: relative error"):
+        main(["bench", "generate", *TINY, f"out={tmp_path / 'g.json'}"])
 
 
 def test_bad_settings(capsys: pytest.CaptureFixture[str]) -> None:
