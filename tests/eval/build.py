@@ -50,7 +50,7 @@ def text(number: int, words: int) -> str:
     return f"def f{number}():\n    " + " ".join(picked) + f"\n    return {number * 37}\n"
 
 
-def build(folder: Path) -> Small:
+def build(folder: Path, head_dim: int = 0) -> Small:
     source = folder / "text"
     source.mkdir(parents=True)
     for i in range(40):
@@ -65,6 +65,7 @@ def build(folder: Path) -> Small:
         num_layers=2,
         num_heads=4,
         num_kv_heads=2,
+        head_dim=head_dim,
         init_std=0.3,
     )
     model = CausalLM(config, RopeConfig())

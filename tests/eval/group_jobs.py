@@ -38,7 +38,14 @@ def model_of(num_kv_heads: int, execution: Execution = PLAIN) -> CausalLM:
     )  # fmt: skip
     model = CausalLM(config, RopeConfig(), execution=execution)
     model.init_weights(torch.Generator().manual_seed(3))
-    return model.eval().requires_grad_(False)
+    return model.to(device_of(execution)).eval().requires_grad_(False)
+
+
+def device_of(execution: Execution) -> torch.device:
+    """Its own GPU for a process of an NCCL group, else the CPU."""
+    parallel = execution.parallel
+    on_gpu = parallel is not None and dist.get_backend(parallel.group) == "nccl"
+    return torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
 
 
 def prompts() -> list[list[int]]:
@@ -89,7 +96,8 @@ def together(num_kv_heads: int, size: int) -> dict[str, Any] | None:
     if dist.get_rank() >= size:
         return None
     assert isinstance(group, dist.ProcessGroup)
-    model = model_of(num_kv_heads, Execution(parallel=SequenceParallel(group)))
+    execution = Execution(parallel=SequenceParallel(group))
+    model, device = model_of(num_kv_heads, execution), device_of(execution)
     if dist.get_rank():
         room = prefixes._room
         if size == 2:  # this rank is short of memory: then no rank keeps a prefix
@@ -105,7 +113,8 @@ def together(num_kv_heads: int, size: int) -> dict[str, Any] | None:
     kinds: dict[str, Any] = {"max_new_tokens": 6, "eos_id": None, "share": "x", **CASES["in parts"]}
     found["shared"] = [lead.generate(some, **kinds) for some in alike()]
     assert (lead.prefixes.stored is None) == (size == 2)
-    found["losses"] = lead.token_losses(**batch(), plans=MOBA)
+    rows = {name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in batch().items()}
+    found["losses"] = lead.token_losses(**rows, plans=MOBA).cpu()
     lead.stop()
     return found
 

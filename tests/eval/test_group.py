@@ -14,8 +14,9 @@ from conf.errors import UserError
 from eval.run import prepare, run
 from launch.cli import main
 from tests.eval import group_jobs as jobs
-from tests.eval.build import Small
+from tests.eval.build import Small, build
 from tests.gloo import GlooPool
+from tests.nccl import NcclPool
 
 
 @pytest.fixture(scope="module")
@@ -25,9 +26,26 @@ def pool() -> Iterator[GlooPool]:
     pool.close()
 
 
+@pytest.fixture(scope="module")
+def gpus() -> Iterator[GlooPool]:
+    pool = NcclPool(2)
+    yield pool
+    pool.close()
+
+
 @pytest.mark.parametrize(("num_kv_heads", "size"), [(2, 2), (4, 4), (1, 4), (2, 4)])
 def test_same_tokens_and_losses_as_one_process(pool: GlooPool, num_kv_heads: int, size: int) -> None:
     """Prompts of unequal length, one of them shorter than the group is large; fewer kv heads than processes."""
+    _same_as_alone(pool, num_kv_heads, size)
+
+
+@pytest.mark.multi_gpu
+@pytest.mark.parametrize("num_kv_heads", [2, 1])
+def test_same_tokens_and_losses_on_gpus(gpus: GlooPool, num_kv_heads: int) -> None:
+    _same_as_alone(gpus, num_kv_heads, 2)
+
+
+def _same_as_alone(pool: GlooPool, num_kv_heads: int, size: int) -> None:
     expected = jobs.alone(num_kv_heads)
     found = pool(jobs.together, num_kv_heads, size)[0]
     torch.testing.assert_close(found.pop("losses"), expected.pop("losses"), atol=1e-5, rtol=1e-5)
@@ -51,20 +69,38 @@ def test_a_whole_evaluation(pool: GlooPool, small: Small, tmp_path: Path, suite:
     assert wrote[0] == wrote[1] and len(wrote[0]) == (3 if suite == "ruler" else 0)
 
 
-def _assert_alike(a: Any, b: Any, where: str) -> None:
+def _assert_alike(a: Any, b: Any, where: str, rel: float = 1e-4, floor: float = 1e-6) -> None:
     """Equal JSON, numbers up to rounding."""
     if isinstance(a, dict):
         assert a.keys() == b.keys(), where
         for key in a:
-            _assert_alike(a[key], b[key], f"{where}.{key}")
+            _assert_alike(a[key], b[key], f"{where}.{key}", rel, floor)
     elif isinstance(a, list):
         assert len(a) == len(b), where
         for i, (x, y) in enumerate(zip(a, b, strict=True)):
-            _assert_alike(x, y, f"{where}[{i}]")
+            _assert_alike(x, y, f"{where}[{i}]", rel, floor)
     elif isinstance(a, float):
-        assert a == pytest.approx(b, rel=1e-4, abs=1e-6), where
+        assert a == pytest.approx(b, rel=rel, abs=floor), where
     else:
         assert a == b, where
+
+
+@pytest.mark.multi_gpu
+@pytest.mark.parametrize("suite", ["loss", "ruler"])
+def test_the_command_on_two_gpus(tmp_path: Path, suite: str) -> None:
+    """In bf16, with heads that our kernels take: numbers agree up to its rounding."""
+    wide = build(tmp_path / "wide", head_dim=64)
+    asked = [
+        "eval", f"checkpoint={wide.hf}", f"dataset={wide.data}", f"suite={suite}", "loss.seq_len=512",
+        "loss.tokens=8192", "ruler.samples=2", "ruler.lengths=[2048]", "ruler.tasks=[niah_single_1]",
+        "generate.chunk=700",
+    ]  # fmt: skip
+    assert main([*asked, f"out={tmp_path / 'one'}"]) == 0
+    assert main([*asked, f"out={tmp_path / 'two'}", "sequence_parallel=2"]) == 0
+    one, two = (jobs.results_of(str(tmp_path / name)) for name in ("one", "two"))
+    laws = [report[suite].pop("power_law", None) for report in (one, two)]  # a fit of noise
+    assert (laws[0] is None) == (laws[1] is None)
+    _assert_alike(two, one, "", rel=5e-3, floor=2e-2)
 
 
 @pytest.mark.slow
