@@ -5,9 +5,12 @@ The variable does not stay set: processes that tests start compile, or fail to, 
 
 import importlib
 import os
+from collections.abc import Iterator
 
 import pytest
 import torch
+
+from tests.nccl import NcclPool
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
@@ -33,3 +36,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         needed = 2 if item.get_closest_marker("multi_gpu") else int(item.get_closest_marker("gpu") is not None)
         if devices < needed:
             item.add_marker(pytest.mark.skip(reason=f"needs {needed} CUDA device(s), there are {devices}"))
+
+
+@pytest.fixture(scope="session")
+def gpu_pools() -> Iterator[dict[int, NcclPool]]:
+    """Worker processes with a GPU each, by their number; they start at the first call."""
+    pools = {world: NcclPool(world) for world in (1, 2)}
+    yield pools
+    for pool in pools.values():
+        pool.close()

@@ -16,19 +16,11 @@ from launch.cli import main
 from tests.eval import group_jobs as jobs
 from tests.eval.build import Small, build
 from tests.gloo import GlooPool
-from tests.nccl import NcclPool
 
 
 @pytest.fixture(scope="module")
 def pool() -> Iterator[GlooPool]:
     pool = GlooPool(4)
-    yield pool
-    pool.close()
-
-
-@pytest.fixture(scope="module")
-def gpus() -> Iterator[GlooPool]:
-    pool = NcclPool(2)
     yield pool
     pool.close()
 
@@ -41,8 +33,8 @@ def test_same_tokens_and_losses_as_one_process(pool: GlooPool, num_kv_heads: int
 
 @pytest.mark.multi_gpu
 @pytest.mark.parametrize("num_kv_heads", [2, 1])
-def test_same_tokens_and_losses_on_gpus(gpus: GlooPool, num_kv_heads: int) -> None:
-    _same_as_alone(gpus, num_kv_heads, 2)
+def test_same_tokens_and_losses_on_gpus(gpu_pools: dict[int, GlooPool], num_kv_heads: int) -> None:
+    _same_as_alone(gpu_pools[2], num_kv_heads, 2)
 
 
 def _same_as_alone(pool: GlooPool, num_kv_heads: int, size: int) -> None:

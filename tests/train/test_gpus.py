@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from functools import cache
 from typing import Any
 
@@ -11,7 +10,6 @@ import pytest
 
 from conf.schema import TrainConfig
 from tests.gloo import GlooPool
-from tests.nccl import NcclPool
 from tests.train import sp_jobs as jobs
 
 pytestmark = pytest.mark.multi_gpu
@@ -46,29 +44,15 @@ def config_of(zero_stage: int, parallel: int, switches: dict[str, Any], precisio
     return config
 
 
-@pytest.fixture(scope="module")
-def one() -> Iterator[GlooPool]:
-    pool = NcclPool(1)
-    yield pool
-    pool.close()
-
-
-@pytest.fixture(scope="module")
-def two() -> Iterator[GlooPool]:
-    pool = NcclPool(2)
-    yield pool
-    pool.close()
-
-
 @cache
 def alone(pool: GlooPool, precision: str) -> jobs.Result:
     return pool(jobs.train, config_of(1, 1, {}, precision))[0]
 
 
-def compare(one: GlooPool, two: GlooPool, config: TrainConfig) -> None:
+def compare(pools: dict[int, GlooPool], config: TrainConfig) -> None:
     precision = config.engine.precision
-    want, (losses, norms, weights) = alone(one, precision), TOLERANCE[precision]
-    for rank, got in enumerate(two(jobs.train, config)):
+    want, (losses, norms, weights) = alone(pools[1], precision), TOLERANCE[precision]
+    for rank, got in enumerate(pools[2](jobs.train, config)):
         assert got["valid"] == want["valid"]
         np.testing.assert_allclose(got["loss"], want["loss"], rtol=losses, err_msg=f"rank {rank}: loss")
         np.testing.assert_allclose(got["grad_norm"], want["grad_norm"], rtol=norms, err_msg=f"rank {rank}: norm")
@@ -79,10 +63,10 @@ def compare(one: GlooPool, two: GlooPool, config: TrainConfig) -> None:
 
 
 @pytest.mark.parametrize(("zero_stage", "parallel", "switches"), FP32)
-def test_fp32(one: GlooPool, two: GlooPool, zero_stage: int, parallel: int, switches: dict[str, Any]) -> None:
-    compare(one, two, config_of(zero_stage, parallel, switches, "fp32"))
+def test_fp32(gpu_pools: dict[int, GlooPool], zero_stage: int, parallel: int, switches: dict[str, Any]) -> None:
+    compare(gpu_pools, config_of(zero_stage, parallel, switches, "fp32"))
 
 
 @pytest.mark.parametrize(("zero_stage", "parallel"), BF16)
-def test_bf16(one: GlooPool, two: GlooPool, zero_stage: int, parallel: int) -> None:
-    compare(one, two, config_of(zero_stage, parallel, {}, "bf16"))
+def test_bf16(gpu_pools: dict[int, GlooPool], zero_stage: int, parallel: int) -> None:
+    compare(gpu_pools, config_of(zero_stage, parallel, {}, "bf16"))
