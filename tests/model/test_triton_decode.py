@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from eval.bench.timing import captured
 from tests.model.moba.conftest import nan_memory  # noqa: F401
 from tests.tolerances import assert_close
 
