@@ -9,7 +9,7 @@ from conf.errors import UserError
 from launch.study.places import Places
 from launch.study.plan import Plan
 
-LONG_MS = 1000.0  # a run this long is timed once
+LONG_MS = 2000.0  # a run this long is timed once
 SAMPLES = 12  # queries per row that are computed exactly
 ERROR = 1e-2  # relative, of bf16 inputs and output
 FIXED = "fixed-share.json"
@@ -32,28 +32,32 @@ def measure_speed(plan: Plan, values: dict[str, Any], places: Places) -> Json | 
         print("no Hopper GPU here: only the stored measurements are shown", flush=True)
         return None
     from eval.bench.environment import environment
+    from eval.bench.inputs import make_inputs
     from eval.bench.shapes import parse_shape
     from eval.files import write_json
 
     report: Json = {**environment(torch.cuda.get_device_name()), "rows": []}
     for text in values["rows"]:
         shape = parse_shape(text)
-        row = _row(shape, with_dense=shape.seq_len <= int(values["dense_up_to"]))
+        x = make_inputs(shape, 1, "uniform", dtype=torch.bfloat16)
+        row = _row(x)
         report["rows"].append(row)
+        write_json(places.out / FIXED, report)  # dense attention may take a minute, or all the memory
+        if shape.seq_len <= int(values["dense_up_to"]):
+            row["dense_fwd_ms"] = _dense_ms(x)
+            write_json(places.out / FIXED, report)
         print(row, flush=True)
-        write_json(places.out / FIXED, report)
+        del x
     return report
 
 
-def _row(shape: Any, *, with_dense: bool) -> Json:
+def _row(x: Any) -> Json:
+    """Checked and timed MoBA on these inputs."""
     import torch
-    from torch.nn.attention import SDPBackend
 
-    from eval.bench.attention import _sdpa
-    from eval.bench.inputs import make_inputs
     from model.moba.api import choose_blocks, moba_attention
 
-    x = make_inputs(shape, 1, "uniform", dtype=torch.bfloat16)
+    shape = x.shape
     how = {"block_size": shape.block_size, "topk": shape.topk, "backend": "triton"}
     with torch.no_grad():
         ids = choose_blocks(x.q, x.k, **how)
@@ -62,17 +66,22 @@ def _row(shape: Any, *, with_dense: bool) -> Json:
         del ids, out
         torch.cuda.empty_cache()
         ours = first if first > LONG_MS else _ms(lambda: moba_attention(x.q, x.k, x.v, **how))
-        row: Json = {**vars(shape), "error": error, "fwd_ms": ours, "dense_fwd_ms": None}
-        if with_dense:
-            q, k, v = (t.detach().transpose(0, 1)[None].contiguous() for t in (x.q, x.k, x.v))
-            row["dense_fwd_ms"] = _ms(_sdpa(q, k, v, SDPBackend.CUDNN_ATTENTION), warm=True)
-    return row
+    return {**vars(shape), "error": error, "fwd_ms": ours, "dense_fwd_ms": None}
 
 
-def _ms(run: Any, warm: bool = False) -> float:
-    """Milliseconds, the median of five, or of one where it takes long. `run` has run before unless `warm`."""
-    if warm:
-        run()
+def _dense_ms(x: Any) -> float:
+    import torch
+    from torch.nn.attention import SDPBackend
+
+    from eval.bench.attention import _sdpa
+
+    q, k, v = (t.detach().transpose(0, 1)[None].contiguous() for t in (x.q, x.k, x.v))
+    with torch.no_grad():
+        return _ms(_sdpa(q, k, v, SDPBackend.CUDNN_ATTENTION))
+
+
+def _ms(run: Any) -> float:
+    """Milliseconds, the median of five after one; the first alone where its start is little of it."""
     first = _timed(run)[1]
     return first if first > LONG_MS else sorted(_timed(run)[1] for _ in range(5))[2]
 

@@ -87,7 +87,7 @@ def test_speed_shows_what_is_stored(tmp_path: Path) -> None:
     rows = [
         {"seq_len": n, "num_heads": 1, "num_kv_heads": 1, "head_dim": 128, "block_size": n // 64, "topk": 3,
          "error": 0.002, "fwd_ms": n / 1e5, "dense_fwd_ms": (n / 1e5) ** 2}
-        for n in (1 << 17, 1 << 18)
+        for n in (1 << 19, 1 << 20)
     ]  # fmt: skip
     report = {"gpu": "NVIDIA H200", "commit": "0" * 40, "date": "2026-01-01", "rows": rows}
     (tmp_path / "fixed-share.json").write_text(json.dumps(report))
