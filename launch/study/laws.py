@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 from conf.schema import ModelConfig
-from launch.study.stats import Arms, Json, mean_of, stderr
+from launch.study.stats import Arms, Json, difference, mean_of, stderr
 
 
 @dataclass(frozen=True)
@@ -61,6 +61,16 @@ def _law(own: dict[str, dict[int, Json]]) -> Law | None:
     ]
     worst = max(abs(scale * c**-exponent - loss) for c, loss in zip(compute, losses, strict=True))
     return Law(scale, exponent, stderr(single), tuple(compute), tuple(losses), worst)
+
+
+def size_gap(arms: Arms) -> str:
+    """MoBA minus full attention over the sizes and seeds that have both, with the error over these pairs."""
+    gaps: list[float] = []
+    for size in dict.fromkeys(size for size, _ in arms):
+        one = difference(arms.get((size, "moba"), {}), arms.get((size, "full"), {}), 0, "loss")
+        gaps += one.by_seed if one else ()
+    error = stderr(gaps)
+    return "" if error is None else f"{sum(gaps) / len(gaps):+.4f} ± {error:.4f} ({len(gaps)} pairs)"
 
 
 def fit(compute: list[float], losses: list[float]) -> tuple[float, float]:

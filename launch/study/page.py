@@ -9,7 +9,7 @@ from typing import Any
 
 from conf.schema import ModelConfig, StudyConfig
 from eval.files import write_atomic
-from launch.study.laws import laws
+from launch.study.laws import laws, size_gap
 from launch.study.pictures import draw_all
 from launch.study.places import Places
 from launch.study.plan import Group, Plan, arms_of
@@ -77,6 +77,8 @@ def _group_parts(name: str, group: Group, arms: Arms) -> list[str]:
         parts += _loss_parts(name, group, arms, at, place)
     if set(group.axes) == {"size", "attention"}:
         fits = [f"- {kind}: {law.text}" for kind, law in laws(arms).items()]
+        gap = size_gap(arms)
+        fits += [f"- MoBA minus full, all sizes and seeds: {gap}"] if gap else []
         parts += ["**Power laws**, C in FLOPs of the dense parts:", "\n".join(fits)] if fits else []
     parts += _task_parts(arms)
     return parts
@@ -128,9 +130,15 @@ def _task_parts(arms: Arms) -> list[str]:
                         rows.append([" ".join(key), str(seed), f"needle, {name} (by depth)", cells])
                 else:
                     for name, plan in task["plans"].items():
-                        cells = "; ".join(f"{n}: {v['scores']}" for n, v in plan["lengths"].items())
+                        cells = "; ".join(
+                            f"{int(n):,}: {_scores(v['scores'])}" for n, v in plan["lengths"].items()
+                        )
                         rows.append([" ".join(key), str(seed), f"RULER, {name}", cells])
     return [_table(["arm", "seed", "task", "percent"], rows)] if rows else []
+
+
+def _scores(scores: dict[str, float]) -> str:
+    return ", ".join(f"{task} {score:.0f}" for task, score in scores.items())
 
 
 def _run_text(plan: Plan, config: StudyConfig, results: Sequence[Json]) -> str:
@@ -187,10 +195,23 @@ def _arms_table(results: Sequence[Json]) -> str:
             loss = f"{mean:.4f} ({own_plan(result)})"
         parameters = num_parameters(ModelConfig(**result["model"]))
         rows.append([f"`{result['arm']}`", f"{parameters / 1e6:.1f}M", result["starts"] or "fresh",
-                     plans, f"{steps[-1][0] / 1e6:.2f}M", f"{steps[-1][1]:.3f}", loss, seconds,
+                     plans, f"{steps[-1][0] / 1e6:.2f}M", f"{_last_tenth(steps):.3f}", loss, seconds,
                      str(result["workers"])])  # fmt: skip
-    titles = ["arm", "parameters", "start", "attention @ length", "tokens", "last step's loss", "held-out loss"]
+    titles = [
+        "arm",
+        "parameters",
+        "start",
+        "attention @ length",
+        "tokens",
+        "training loss, last tenth",
+        "held-out loss",
+    ]
     return _table([*titles, "device seconds", "side by side"], rows)
+
+
+def _last_tenth(steps: list[list[Any]]) -> float:
+    losses = [step[1] for step in steps[-max(1, len(steps) // 10) :]]
+    return float(sum(losses) / len(losses))
 
 
 def _table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -5,7 +5,7 @@ import math
 import pytest
 
 from conf.schema import ModelConfig
-from launch.study.laws import dense_flops, fit, laws
+from launch.study.laws import dense_flops, fit, laws, size_gap
 from launch.study.stats import Arms, Json
 from model.flops import matmul_parameters
 
@@ -39,6 +39,12 @@ def test_a_power_law_is_found_again_with_its_error_over_seeds() -> None:
     assert found["full"].exponent == pytest.approx(0.11, abs=2e-3)
     assert found["full"].error == pytest.approx(0.01)
     assert found["full"].worst < 2e-3
+    gaps = [
+        arms[size, "moba"][0]["losses"][0]["documents"][0]["full"]["loss"]
+        - arms[size, "full"][0]["losses"][0]["documents"][0]["full"]["loss"]
+        for size in "sml"
+    ]
+    assert size_gap(arms).startswith(f"{sum(gaps) / 3:+.4f} ± ") and size_gap(arms).endswith("(3 pairs)")
     del arms["l", "full"]
     assert not laws(arms)  # two sizes are always on a line
 
