@@ -56,6 +56,11 @@ class Job:
         return self.engine.loss == "fused" or (self.engine.loss == "auto" and self.cuda)
 
     @property
+    def summed_in_products(self) -> bool:
+        """Whether weight gradients go into fp32 sums as they are computed, see `model.products`."""
+        return self.lean_optimizer and self.cuda
+
+    @property
     def lean_optimizer(self) -> bool:
         """DeepSpeed's BF16_Optimizer, as `train.bf16` changes it: fp32 gradients whole, moments in shares."""
         return self.engine.zero_stage == 1 and self.itemsize == 2 and not self.engine.offload_optimizer

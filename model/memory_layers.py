@@ -64,9 +64,10 @@ class Play(Pieces):
         for index in reversed(range(len(self.layers))):
             self.ledger.moment = f"backward of layer {index}"
             grad = self._backward_block(self.layers[index], self.job.plans[index], grad)
-            self.states.gradient(self.per_layer)
+            self.states.gradient(self._own_gradients(self.per_layer))
         self.ledger.moment = "backward of the embedding"
-        self.states.gradient(self.job.model.vocab_size * self.job.model.hidden_size)
+        if not self._looks_up():
+            self.states.gradient(self.job.model.vocab_size * self.job.model.hidden_size)
         self.ledger.give(grad, self.gathered, *self._tied)
 
     @property
@@ -85,7 +86,10 @@ class Play(Pieces):
         take, give = self.ledger.take, self.ledger.give
         saved.lead = [*self._norm(ACT), take(ACT, self.wide)]
         raw_q, raw_k, v = take(ACT, self.q), take(ACT, self.kv), take(ACT, self.kv)
-        if self._rope_in_place:
+        if self._joint:
+            saved.qkv = [take(ACT, self.q), take(ACT, self.kv), take(ACT, self.kv)]
+            give(raw_q, raw_k, v)
+        elif self._rope_in_place:
             saved.lead.append(take(ACT, self._rope_tables))
             saved.qkv = [raw_q, raw_k, v]
         else:
@@ -160,15 +164,6 @@ class Play(Pieces):
         self.ledger.give(*back, *([] if self.job.engine.offload_checkpoints else [self.x.pop()]))
         return grad
 
-    def _fetch(self, size: AttentionBytes) -> list[int]:
-        """What comes back from host memory: this block's tensors, and those of the one before it."""
-        if not self.job.engine.offload_checkpoints:
-            return []
-        one = self.wide
-        if self.checkpointing == "selective":
-            one += size.packed_ids + self.q + size.lse + size.lists
-        return [self.ledger.take(KEPT, 2 * one)]
-
     def _backward_finish(self, saved: Saved, grad: int) -> int:
         """MLP, norm and output projection, down to the gradient of attention's output (left in `_out`)."""
         take, give = self.ledger.take, self.ledger.give
@@ -224,6 +219,10 @@ class Play(Pieces):
             give(by_q)
             raw_k = take(ACT, self.kv)
             give(by_k)
+            if self._joint:
+                raw_v = take(ACT, self.kv)
+                give(by_v)
+                by_v = raw_v
             by_q, by_k = raw, raw_k
         total = take(ACT, self.wide)
         self.ledger.touch(ACT, self.wide)
@@ -237,7 +236,9 @@ class Play(Pieces):
         self.ledger.moment = "loss"
         by_hidden = play_loss(self.job, self.ledger, self.states)
         head = model.vocab_size * model.hidden_size
-        if model.tie_embeddings:  # waits for the embedding's own gradient, to be added to it
+        if self.job.summed_in_products and self.job.fused_loss:
+            self._tied = []
+        elif model.tie_embeddings:  # waits for the embedding's own gradient, to be added to it
             self._tied = [take("gradients", self.job.itemsize * head)]
         else:
             self._tied = []

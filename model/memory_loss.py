@@ -25,7 +25,7 @@ def _fused(job: Job, ledger: Ledger, states: States) -> int:
     sums = ledger.take("loss", 4 * head)
     ledger.give(logits)
     states.begin_backward()
-    if job.itemsize < 4:
+    if job.itemsize < 4 and not job.summed_in_products:
         ledger.touch("loss", job.itemsize * head)
     ledger.give(sums, losses)
     return by_hidden

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from model.embedding import MAX_TOKENS
 from model.memory import Job, Ledger
+from model.memory_attention import AttentionBytes
 from model.sequence_parallel import kv_copies
 
 ACT, ATT, KEPT = "activations", "attention", "checkpoints"
@@ -32,6 +34,12 @@ class Pieces:
     @property
     def _rope_in_place(self) -> bool:
         return self.job.engine.fused == "liger"
+
+    @property
+    def _joint(self) -> bool:
+        """q, k and v come as one product, and RoPE takes them apart."""
+        model, fused = self.job.model, self.job.engine.fused == "triton"
+        return fused and self.job.summed_in_products and not (model.qk_norm or model.qkv_bias or model.key_conv)
 
     @property
     def _rope_tables(self) -> float:
@@ -67,3 +75,27 @@ class Pieces:
         if forward:
             return tile * size * (4 if self.job.engine.fused == "none" else 3)
         return tile * (5 * size + (24 if self.job.engine.fused == "none" else 0))
+
+    def _fetch(self, size: AttentionBytes) -> list[int]:
+        """What comes back from host memory: this block's tensors, and those of the one before it."""
+        if not self.job.engine.offload_checkpoints:
+            return []
+        one = self.wide
+        if self.job.engine.checkpointing == "selective":
+            one += size.packed_ids + self.q + size.lse + size.lists
+        return [self.ledger.take(KEPT, 2 * one)]
+
+    def _own_gradients(self, per_layer: int) -> int:
+        """Parameters of a layer, of `per_layer`, whose gradients are tensors before they are added up."""
+        if not self.job.summed_in_products:
+            return per_layer
+        model = self.job.model
+        mlp = 3 * model.hidden_size * model.intermediate_size if self.job.engine.mlp_tile else 0
+        return mlp + 2 * model.hidden_size
+
+    def _looks_up(self) -> bool:
+        """Whether the embedding's gradient touches the rows of the tokens only; then in fp32, which is noted."""
+        if not self.job.summed_in_products or self.job.local > MAX_TOKENS:
+            return False
+        self.ledger.touch("gradients", 4 * self.job.local * self.job.model.hidden_size)
+        return True
