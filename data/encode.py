@@ -18,7 +18,8 @@ BATCH_CHARS, BATCH_DOCS = 1 << 20, 512  # one call of the tokenizer
 
 @dataclass(frozen=True)
 class Encoded:
-    """One document. `ids` [n] ends in eos; `loss` fp32 [n]: weight of the token as a target, None for 1."""
+    """One document. `ids` [n] begins as the tokenizer begins texts (Llama's bos) and ends in eos, given ids and
+    conversations as they are; `loss` fp32 [n]: weight of the token as a target, None for 1."""
 
     name: str
     ids: np.ndarray
@@ -46,7 +47,7 @@ def encode(
 
     `masked`: parts of the documents are no targets.
     """
-    eos = tokenizer.eos_id
+    eos, first = tokenizer.eos_id, [] if tokenizer.first_id is None else [tokenizer.first_id]
     if read.kind == "tokens":
         for document in documents:
             if document.ids is not None and int(document.ids.max()) < tokenizer.vocab_size:
@@ -56,8 +57,9 @@ def encode(
         return
     if not masked:
         for document, ids in zip(documents, tokenizer.encode_batch([d.text for d in documents]), strict=True):
-            weights = np.full(len(ids) + 1, document.weights[0], np.float32) if document.weights else None
-            yield Encoded(document.name, np.array([*ids, eos]), weights)
+            whole = np.array([*first, *ids, eos])
+            weights = np.full(len(whole), document.weights[0], np.float32) if document.weights else None
+            yield Encoded(document.name, whole, weights)
         return
     chat = read.kind == "chat"
     parts: list[list[Segment]] = []
@@ -71,7 +73,8 @@ def encode(
     texts = [text for one in parts for text, _ in one]
     all_ids = iter(tokenizer.encode_rendered(texts) if chat else tokenizer.encode_batch(texts))
     for document, one in zip(kept, parts, strict=True):
-        pieces = [(next(all_ids), loss) for _, loss in one]
+        pieces = [] if chat else [(first, 0.0)]  # a chat template has its own
+        pieces += [(next(all_ids), loss) for _, loss in one]
         ids = [i for piece, _ in pieces for i in piece]
         loss = [on for piece, on in pieces for _ in piece]
         if ids[-1] != eos:  # a template's own end of turn teaches where to stop; else the end of text does

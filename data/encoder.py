@@ -10,11 +10,11 @@ from typing import Any
 
 
 class Encoder:
-    """What tokenising documents needs: a `tokenizers` backend and the id that ends a document."""
+    """What tokenising documents needs: a `tokenizers` backend, and the ids that begin and end a document."""
 
-    def __init__(self, backend: Any, eos_id: int) -> None:
-        """`backend`: a `tokenizers.Tokenizer`, owned by this object."""
-        self.eos_id = eos_id
+    def __init__(self, backend: Any, eos_id: int, first_id: int | None = None) -> None:
+        """`backend`: a `tokenizers.Tokenizer`, owned by this object. `first_id`: begins each document; None: none."""
+        self.eos_id, self.first_id = eos_id, first_id
         self._backend = backend
         self._backend.encode_special_tokens = True  # text is text, whatever it spells
         self._backend.no_padding()
@@ -52,11 +52,11 @@ def model_state(backend: Any) -> dict[str, Any]:
     return parts
 
 
-def load_encoder(folder: Path, eos_id: int) -> Encoder:
+def load_encoder(folder: Path, eos_id: int, first_id: int | None = None) -> Encoder:
     """The encoder of a folder written by `Tokenizer.save`, without transformers: seconds faster to start.
 
     A tokenizer class may do more than its tokenizer.json: compare `model_fingerprint` first.
     """
     from tokenizers import Tokenizer as Backend
 
-    return Encoder(Backend.from_file(str(folder / "tokenizer.json")), eos_id)
+    return Encoder(Backend.from_file(str(folder / "tokenizer.json")), eos_id, first_id)

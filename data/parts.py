@@ -48,6 +48,7 @@ class Job:
     masked: bool
     weighted: bool
     eos_id: int
+    first_id: int | None
     light: bool
 
 
@@ -187,7 +188,7 @@ def start_worker(job: Job, counters: Any) -> None:
     follow_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's business: what runs is finished
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    encoder = load_encoder(job.tokenizer, job.eos_id) if job.light else load_tokenizer(job.tokenizer)
+    encoder = load_encoder(job.tokenizer, job.eos_id, job.first_id) if job.light else load_tokenizer(job.tokenizer)
     _worker = job, encoder, counters
 
 

@@ -87,7 +87,7 @@ def prepare(
         light = load_encoder(folder, words.eos_id).model_fingerprint == words.model_fingerprint
         job = Job(
             tmp, source, folder, heldout, read, synthetic, dtype,
-            trained_whole(source, read, synthetic), bool(read.weight), words.eos_id,
+            trained_whole(source, read, synthetic), bool(read.weight), words.eos_id, words.first_id,
             light=light and read.kind != "chat",
         )  # fmt: skip
         groups = group(units, part_bytes(sum(file.bytes for file in files)))

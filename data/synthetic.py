@@ -31,7 +31,7 @@ Draft = tuple[str, str]  # text and answer
 
 
 def synthetic_documents(unit: Unit, config: SyntheticConfig, tokenizer: Encoder) -> Iterator[Document]:
-    """Documents `unit.start` to `unit.stop` of one task and length, each of at most that many tokens and eos."""
+    """Documents `unit.start` to `unit.stop` of one task and length, each of at most that many tokens in all."""
     task, length = task_of(unit.file.name), length_of(unit.file.name)
     _, _, guess = _fitting(task, length, -1, config.seed, tokenizer, 1)
     for index in range(unit.start, unit.stop):
@@ -76,7 +76,7 @@ def _fitting(
     low, high, size = 0, 0, max(guess, 1)  # sizes known to fit, and not to
     for _ in range(TRIES):
         text, answer = draft(task, sample_rng(seed, task, length, index), size)
-        tokens = sum(map(len, tokenizer.encode_batch([text, answer]))) + 1
+        tokens = sum(map(len, tokenizer.encode_batch([text, answer]))) + 1 + (tokenizer.first_id is not None)
         if tokens <= length:
             best, low = (text, answer, size), size
             if tokens >= FULL * length:

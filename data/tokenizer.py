@@ -47,9 +47,12 @@ class Tokenizer(Encoder):
             raise UserError(f"{where}: not a fast tokenizer (tokenizer.json); convert it with transformers first")
         if hf.eos_token_id is None:
             raise UserError(f"{where}: has no eos token, which ends every document; set eos_token in its config")
-        super().__init__(hf.backend_tokenizer, int(hf.eos_token_id))
+        bos = None if hf.bos_token_id is None else int(hf.bos_token_id)
+        # Llama's and Mistral's put bos in front of every text: their models have seen no document without it.
+        first = bos if hf("a")["input_ids"][:1] == [bos] else None
+        super().__init__(hf.backend_tokenizer, int(hf.eos_token_id), first)
         self.hf = hf
-        self.bos_id: int | None = None if hf.bos_token_id is None else int(hf.bos_token_id)
+        self.bos_id: int | None = bos
         self._sentencepiece = sentencepiece
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -60,6 +63,8 @@ class Tokenizer(Encoder):
     def fingerprint(self) -> str:
         """sha256 of everything that decides which ids a text gets; survives saving and loading."""
         parts = model_state(self._backend) | {"special": [self.bos_id, self.eos_id]}
+        if self.first_id is not None:
+            parts["first"] = self.first_id
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode("utf-8")).hexdigest()
 
     def save(self, folder: Path) -> None:

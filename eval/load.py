@@ -92,8 +92,7 @@ class Loaded:
     @property
     def bos(self) -> int | None:
         """The token that the tokenizer itself puts in front of a prompt, or None."""
-        ids = self.tokenizer.hf("a")["input_ids"]
-        return self.tokenizer.bos_id if ids[:1] == [self.tokenizer.bos_id] else None
+        return self.tokenizer.first_id
 
 
 def find_source(path: Path) -> Source:
