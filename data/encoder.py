@@ -13,7 +13,7 @@ class Encoder:
     """What tokenising documents needs: a `tokenizers` backend, and the ids that begin and end a document."""
 
     def __init__(self, backend: Any, eos_id: int, first_id: int | None = None) -> None:
-        """`backend`: a `tokenizers.Tokenizer`, owned by this object. `first_id`: begins each document; None: none."""
+        """`backend`: a `tokenizers.Tokenizer`, owned by this object. `first_id`: begins each document, if any."""
         self.eos_id, self.first_id = eos_id, first_id
         self._backend = backend
         self._backend.encode_special_tokens = True  # text is text, whatever it spells
