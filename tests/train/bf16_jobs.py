@@ -38,6 +38,39 @@ def train(lean: bool, tied: bool) -> jobs.Result:
         stock(True)
 
 
+def joined(join: bool) -> tuple[jobs.Result, list[bool]]:
+    """One step, with q, k, v as one projection if `join`; and which layers' projections were joined."""
+    from dataclasses import replace
+    from unittest.mock import patch
+
+    from model.fused import PLAIN
+    from model.products import Joint
+
+    seen, build = list[bool](), jobs.make_run
+
+    def noted(*args: Any, **kwargs: Any) -> Any:
+        run = build(*args, **kwargs)
+        seen.extend(m.is_joined for m in run.engine.module.modules() if isinstance(m, Joint))
+        return run
+
+    pieces = replace(PLAIN, joint=join)
+    with patch("train.execution.pieces", lambda name, device: pieces), patch.object(jobs, "make_run", noted):
+        return jobs.train(1, "bf16", max_steps=1), seen
+
+
+def moments_stay(zero_stage: int) -> list[bool]:
+    """Whether a second reset of the optimizer leaves its moments where they lie, and at zero."""
+    from train.state import _inner, _masters, reset_optimizer
+
+    run = jobs.make_run(jobs.tiny_config(zero_stage, "bf16"))
+    moments = [_inner(run.engine).state[master]["exp_avg"] for master in _masters(run.engine)]
+    places = [moment.fill_(3.0).data_ptr() for moment in moments]
+    reset_optimizer(run.engine, 5)
+    after = [_inner(run.engine).state[master]["exp_avg"] for master in _masters(run.engine)]
+    run.engine.destroy()
+    return [m.data_ptr() == place and not m.any() for m, place in zip(after, places, strict=True)]
+
+
 def absent(lean: bool, accumulation: int) -> list[dict[str, Tensor]]:
     """AdamW's first moments after each of three steps; the second leaves a matrix out."""
     from train.engine import build_engine, init_distributed, set_lr
