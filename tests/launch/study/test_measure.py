@@ -14,7 +14,7 @@ from tests.launch.study.texts import make_packages
 
 def test_whole_documents_have_their_answers_as_only_targets(tmp_path: Path) -> None:
     text = make_packages(tmp_path / "in", 4, files=2)
-    prepare(tmp_path / "text", str(text), 0.05, TokenizerConfig(train_vocab_size=400))
+    prepare(tmp_path / "text", str(text), 0.0, TokenizerConfig(train_vocab_size=400))
     own = TokenizerConfig(path=str(tmp_path / "text" / "tokenizer"))
     made = SyntheticConfig(tasks=["needle"], lengths=[256, 512], documents=12)
     prepare(tmp_path / "tasks", "synthetic", 0.5, own, synthetic=made)
