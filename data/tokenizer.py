@@ -12,10 +12,12 @@ import io
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
+from conf.constants import GENERATION_FILE
 from conf.errors import UserError
 from data.encoder import Encoder, model_state
 
@@ -38,8 +40,9 @@ _PROBES = (
 class Tokenizer(Encoder):
     """A Hugging Face fast tokenizer with the few calls the project needs. Ids are plain ints."""
 
-    def __init__(self, hf: Any, where: str, sentencepiece: bytes | None = None) -> None:
-        """`hf`: a transformers fast tokenizer, owned by this object. `where`: its origin, for messages.
+    def __init__(self, hf: Any, where: str, files: Mapping[str, bytes] = MappingProxyType({})) -> None:
+        """`hf`: a transformers fast tokenizer, owned by this object. `where`: its origin, for messages. `files`:
+        what else travels with it, by name.
 
         Raises UserError if it is not a fast tokenizer or has no end-of-sequence token.
         """
@@ -53,7 +56,7 @@ class Tokenizer(Encoder):
         super().__init__(hf.backend_tokenizer, int(hf.eos_token_id), first)
         self.hf = hf
         self.bos_id: int | None = bos
-        self._sentencepiece = sentencepiece
+        self._files = files
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of `ids`. Control tokens (bos, eos, ...) have no text."""
@@ -76,8 +79,8 @@ class Tokenizer(Encoder):
         if config.get("tokenizer_class") == "TokenizersBackend":  # the same class by its name in every version
             config["tokenizer_class"] = "PreTrainedTokenizerFast"
             config_path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        if self._sentencepiece is not None:
-            (folder / SENTENCEPIECE_FILE).write_bytes(self._sentencepiece)
+        for name, content in self._files.items():
+            (folder / name).write_bytes(content)
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
@@ -89,7 +92,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     path = Path(path)
     if path.is_file() and path.suffix == ".model":
         blob = path.read_bytes()
-        return Tokenizer(_fast_from_sentencepiece(blob, str(path)), str(path), blob)
+        return Tokenizer(_fast_from_sentencepiece(blob, str(path)), str(path), {SENTENCEPIECE_FILE: blob})
     if not path.is_dir():
         raise UserError(f"tokenizer {path}: no such folder or sentencepiece .model file")
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
@@ -102,8 +105,8 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     except Exception as error:  # transformers raises many types; each means "this folder does not load"
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"tokenizer {path}: transformers cannot load it: {reason}") from error
-    model_file = path / SENTENCEPIECE_FILE
-    return Tokenizer(hf, str(path), model_file.read_bytes() if model_file.is_file() else None)
+    beside = (path / name for name in (SENTENCEPIECE_FILE, GENERATION_FILE))
+    return Tokenizer(hf, str(path), {file.name: file.read_bytes() for file in beside if file.is_file()})
 
 
 def _tokenizer_class(folder: Path) -> str:
@@ -127,7 +130,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, out: Path) -> Tokeniz
     blob = _train_sentencepiece(counts, vocab_size)
     from data.chat import PLAIN_TEMPLATE
 
-    tokenizer = Tokenizer(_fast_from_sentencepiece(blob, "the trained tokenizer"), "the trained tokenizer", blob)
+    where = "the trained tokenizer"
+    tokenizer = Tokenizer(_fast_from_sentencepiece(blob, where), where, {SENTENCEPIECE_FILE: blob})
     tokenizer.hf.chat_template = PLAIN_TEMPLATE
     tokenizer.save(out)
     return tokenizer

@@ -18,13 +18,14 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from conf.constants import GENERATION_FILE
 from conf.errors import UserError
 from conf.inherit import stage_ropes
 from conf.load import load_train_config
 from conf.paths import CheckpointPaths
 from conf.schema import ModelConfig, RopeConfig, TrainConfig
 from model.hf_config import check_family, read_config_json, to_config_json
-from model.hf_tokenizer import compare_tokenizers, copy_tokenizer
+from model.hf_tokenizer import compare_tokenizers, copy_tokenizer, generation_settings
 from model.schedule import plan
 from model.shapes import HEAD, parameter_shapes
 from model.weights import TensorFiles, check_names, checkpoint_tensors, find_checkpoint
@@ -182,9 +183,9 @@ def write_hf(
         generation: dict[str, Any] = {"do_sample": False}
         if tokenizer is not None:
             tokens = copy_tokenizer(tokenizer, partial)
-            description, generation = {**description, **tokens}, {**generation, **tokens}
+            description, generation = {**description, **tokens}, generation_settings(partial, tokens)
         _write_shards(expected, weights, partial, DTYPES[dtype], shard_bytes)
-        _write_json(partial / "generation_config.json", generation)
+        _write_json(partial / GENERATION_FILE, generation)
         _write_json(partial / "config.json", description)
         if tokenizer is not None:
             compare_tokenizers(tokenizer, partial, out)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import shutil
 from pathlib import Path
 from typing import Any
 
+from conf.constants import GENERATION_FILE
 from conf.errors import UserError
 
 _log = logging.getLogger(__name__)
+_OF_ITS_WRITER = ("_from_model_config", "transformers_version")
 
 
 def copy_tokenizer(source: Path, out: Path) -> dict[str, Any]:
@@ -21,6 +24,18 @@ def copy_tokenizer(source: Path, out: Path) -> dict[str, Any]:
             shutil.copyfile(file, out / file.name)
     tokenizer = _load(source)
     return {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+
+
+def generation_settings(folder: Path, tokens: dict[str, Any]) -> dict[str, Any]:
+    """generation_config.json of an export: as the one that came with the tokenizer, which may name several ids
+    that end an answer; where there is none, greedy, up to the tokenizer's own eos in `tokens`."""
+    try:
+        found = json.loads((folder / GENERATION_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict):
+        return {"do_sample": False, **tokens}
+    return {**tokens, **{key: value for key, value in found.items() if key not in _OF_ITS_WRITER}}
 
 
 def compare_tokenizers(source: Path, folder: Path, out: Path) -> None:

@@ -67,6 +67,21 @@ def test_moba_layers_of_a_folder_survive(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "back" / "config.json").read_text())["moba"] == moba
 
 
+@pytest.mark.parametrize("said", [{"eos_token_id": [2, 5], "do_sample": True, "temperature": 0.6}, [], None])
+def test_what_ends_an_answer_survives(said: object, tmp_path: Path) -> None:
+    """Instruction-tuned folders name several ids, of which the tokenizer knows one."""
+    from transformers import AutoModelForCausalLM
+
+    hf, out = save_llama(tmp_path / "hf"), tmp_path / "checkpoint"
+    (hf / "generation_config.json").unlink()
+    if said is not None:
+        (hf / "generation_config.json").write_text(json.dumps(said))
+    import_hf(hf, out)
+    back = AutoModelForCausalLM.from_pretrained(export_hf(out, tmp_path / "back", "float32")).generation_config
+    wanted = said if isinstance(said, dict) else {"eos_token_id": 2, "do_sample": False}
+    assert {key: getattr(back, key) for key in wanted} == wanted and back.bos_token_id == 1
+
+
 def test_memory_is_far_below_one_shard(tmp_path: Path) -> None:
     """14 shards of about 24 MB: the process grows by less than one of them."""
     small = save_llama(tmp_path / "small")
