@@ -11,6 +11,7 @@ import pytest
 from conf.schema import TrainConfig
 from tests.gloo import GlooPool
 from tests.train import sp_jobs as jobs
+from train.determinism import set_deterministic
 
 pytestmark = pytest.mark.multi_gpu
 
@@ -70,3 +71,29 @@ def test_fp32(gpu_pools: dict[int, GlooPool], zero_stage: int, parallel: int, sw
 @pytest.mark.parametrize(("zero_stage", "parallel"), BF16)
 def test_bf16(gpu_pools: dict[int, GlooPool], zero_stage: int, parallel: int) -> None:
     compare(gpu_pools, config_of(zero_stage, parallel, {}, "bf16"))
+
+
+@pytest.mark.parametrize(
+    ("precision", "zero_stage", "parallel", "switches"),
+    [
+        ("fp32", 1, 1, {}),
+        ("bf16", 1, 2, {}),
+        ("bf16", 3, 1, {"loss": "tiled", "checkpointing": "selective"}),
+        ("bf16", 2, 1, {"fused": "liger", "mlp_tile": 7}),
+    ],
+)
+def test_deterministic_runs_are_bit_equal(
+    gpu_pools: dict[int, GlooPool], precision: str, zero_stage: int, parallel: int, switches: dict[str, Any]
+) -> None:
+    """One layer with MoBA, one with full attention; every operation of a step can be deterministic."""
+    if switches.get("fused"):
+        pytest.importorskip("liger_kernel")
+    config, pool = config_of(zero_stage, parallel, switches, precision), gpu_pools[2]
+    pool(set_deterministic, True)
+    try:
+        first, second = (pool(jobs.train, config) for _ in range(2))
+    finally:
+        pool(set_deterministic, False)
+    for one, two in zip(first, second, strict=True):
+        assert (one["loss"], one["grad_norm"]) == (two["loss"], two["grad_norm"])
+        assert all(np.array_equal(tensor, two["tensors"][name]) for name, tensor in one["tensors"].items())
