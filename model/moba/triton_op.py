@@ -18,13 +18,11 @@ from torch.autograd.function import once_differentiable
 from model.moba import triton_common as common
 from model.moba import triton_lists
 from model.moba.blocks import BlockTable
+from model.moba.hopper import dkv, dq_partials, routed
 from model.moba.triton_combine import combine
-from model.moba.triton_dkv import dkv
-from model.moba.triton_dq import dq_partials
 from model.moba.triton_lists import Lists
 from model.moba.triton_merge import merge_dq
 from model.moba.triton_plan import Plan, default_budget, make_plan
-from model.moba.triton_routed import routed
 from model.moba.triton_sums import RowSums, fill_list_sums
 
 

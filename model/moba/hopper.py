@@ -1,0 +1,147 @@
+"""The hot passes over lists: warp-specialised kernels where they were measured to win, else their Triton twins.
+
+The twins compute the same and are tested against each other. Gluon, in which the specialised kernels are written,
+has no stable interface between versions of Triton: they are used with the version they were measured with, and
+with others the twins run. `explain` says which and why.
+
+Shape legend: triton_common.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+
+import triton
+from torch import Tensor
+
+from model.moba import triton_common, triton_dkv, triton_dq, triton_routed
+from model.moba.blocks import BlockTable
+from model.moba.triton_common import Tile
+from model.moba.triton_cuts import TileTable
+from model.moba.triton_lists import Lists
+from model.moba.triton_sums import RowSums
+
+MEASURED_WITH = "3.6"  # Triton
+MIN_BLOCK, STEP, HEAD_DIM, TILE_ROWS = 256, 128, 128, 128
+_off = False
+
+
+@contextmanager
+def twins_only() -> Iterator[None]:
+    """The Triton twins in every pass of this block: to compare the two."""
+    global _off
+    before, _off = _off, True
+    try:
+        yield
+    finally:
+        _off = before
+
+
+@cache
+def _unusable() -> str | None:
+    if triton_common.INTERPRETED:
+        return "Triton's interpreter runs (TRITON_INTERPRET)"
+    if not triton.__version__.startswith(MEASURED_WITH + "."):
+        return f"they were measured with Triton {MEASURED_WITH}, this is {triton.__version__}"
+    return None
+
+
+def refusal(head_dim: int, block_size: int) -> str | None:
+    """Why the Triton twins run; None: the specialised kernels do."""
+    if _off:
+        return "switched off"
+    if head_dim != HEAD_DIM:
+        return f"head_dim {head_dim} is not {HEAD_DIM}"
+    if block_size < MIN_BLOCK or block_size % STEP:
+        return f"block_size {block_size} is below {MIN_BLOCK} or no multiple of {STEP}"
+    return _unusable()
+
+
+def explain(head_dim: int, block_size: int) -> str:
+    """One line: which kernels run the routed passes of such a shape, and why."""
+    why = refusal(head_dim, block_size)
+    return f"Triton kernels: {why}" if why else "warp-specialised kernels for Hopper"
+
+
+def routed(
+    q_THD: Tensor,
+    k_THD: Tensor,
+    v_THD: Tensor,
+    part: Tensor,
+    part_lse: Tensor,
+    lists: Lists,
+    tiles: TileTable,
+    table: BlockTable,
+    first_token: int,
+    scale_log2: float,
+    tile: Tile,
+    stationary: bool,
+) -> None:
+    """Forward over the chosen past blocks; arguments of `triton_routed.routed`."""
+    inputs = (q_THD, k_THD, v_THD, part, part_lse, lists, tiles, table, first_token, scale_log2)
+    if tile.rows != TILE_ROWS or refusal(q_THD.shape[-1], table.block_size):
+        triton_routed.routed(*inputs, tile, stationary)
+        return
+    from model.moba import gluon_routed
+
+    gluon_routed.routed(*inputs)
+
+
+def dq_partials(
+    q_THD: Tensor,
+    k_THD: Tensor,
+    v_THD: Tensor,
+    dout_THD: Tensor,
+    sums: RowSums,
+    part: Tensor,
+    list_lse: Tensor,
+    list_delta: Tensor,
+    lists: Lists,
+    tiles: TileTable,
+    table: BlockTable,
+    first_token: int,
+    scale_log2: float,
+    tile: Tile,
+    stationary: bool,
+) -> None:
+    """Partial dq of every pair; arguments of `triton_dq.dq_partials`."""
+    inputs = (q_THD, k_THD, v_THD, dout_THD, sums, part, list_lse, list_delta, lists, tiles, table, first_token)
+    if tile.rows != TILE_ROWS or refusal(q_THD.shape[-1], table.block_size):
+        triton_dq.dq_partials(*inputs, scale_log2, tile, stationary)
+        return
+    from model.moba import gluon_dq
+
+    gluon_dq.dq_partials(*inputs, scale_log2)
+
+
+def dkv(
+    q_THD: Tensor,
+    k_THD: Tensor,
+    v_THD: Tensor,
+    dout_THD: Tensor,
+    sums: RowSums,
+    lists: Lists | None,
+    list_lse: Tensor | None,
+    list_delta: Tensor | None,
+    part: Tensor | None,
+    table: BlockTable,
+    dk_THD: Tensor,
+    dv_THD: Tensor,
+    heads: range,
+    softmax_scale: float,
+    tile: Tile,
+    pointers: bool = False,
+) -> None:
+    """dk, dv of some key heads; arguments of `triton_dkv.dkv`."""
+    inputs = (q_THD, k_THD, v_THD, dout_THD, sums)
+    bare = lists is None or list_lse is None or list_delta is None or part is not None
+    if bare or refusal(q_THD.shape[-1], table.block_size):
+        triton_dkv.dkv(*inputs, lists, list_lse, list_delta, part, table, dk_THD, dv_THD, heads, softmax_scale,
+                       tile, pointers)  # fmt: skip
+        return
+    from model.moba import gluon_dkv_launch
+
+    assert lists is not None and list_lse is not None and list_delta is not None
+    gluon_dkv_launch.dkv(*inputs, lists, list_lse, list_delta, table, dk_THD, dv_THD, heads, softmax_scale)

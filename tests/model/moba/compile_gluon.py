@@ -1,0 +1,82 @@
+"""Compiles the warp-specialised kernels for sm_90 without a GPU and prints what the machine code uses as JSON.
+
+Run as a program: the tests' process has Triton in interpreter form.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import tempfile
+from typing import Any
+
+import torch
+import triton
+from triton.experimental.gluon._runtime import GluonASTSource
+
+from model.moba import gluon_common, gluon_dkv, gluon_dq, gluon_routed
+from tests.model.moba.compile_kernels import CUOBJDUMP, FLOAT, HALF, HOPPER, _loop_spills
+
+
+def _type(name: str, rows: int, dim: int) -> str:
+    """Triton's type of an argument, by its name."""
+    stem = name.removesuffix("_ptr").removesuffix("_desc")
+    if name.endswith("_desc"):
+        return f"tensordesc<bf16[{rows}, {dim}],{gluon_common.shared_layout(torch.bfloat16, rows, dim)}>"
+    if name.endswith("_ptr"):
+        float_like = stem in FLOAT or "lse" in stem or "delta" in stem
+        return "*bf16" if stem in HALF else "*fp32" if float_like else "*i32"
+    return "fp32" if stem in FLOAT else "i32"
+
+
+def _overlapped(code: str) -> int:
+    """The fewest exponentials between a wait that leaves one matrix product under way and the wait for it."""
+    text = " ".join(re.findall(r"\*/\s+(.*?);", code))
+    between = re.findall(r"DEPBAR\.LE gsb0, 0x1\b(.*?)DEPBAR\.LE gsb0, 0x0\b", text)
+    return min((part.count("MUFU.EX2") for part in between), default=0)
+
+
+def examine(
+    label: str, kernel: Any, constants: dict[str, Any], rows: int, work: gluon_common.Work
+) -> dict[str, Any]:
+    names = kernel.arg_names
+    signature = {n: "constexpr" if n in constants else _type(n, rows, constants["D"]) for n in names}
+    aligned = {
+        (i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if n.endswith("_ptr") or n == "block_size"
+    }
+    fixed = {(names.index(n),): value for n, value in constants.items()}
+    source = GluonASTSource(kernel, signature, fixed, aligned)
+    binary = triton.compile(source, target=HOPPER, options={"num_warps": 4, "maxnreg": work.max_registers})
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(binary.asm["cubin"])
+        file.flush()
+        usage, code = (
+            subprocess.run([str(CUOBJDUMP), flag, file.name], capture_output=True, text=True, check=True).stdout
+            for flag in ("-res-usage", "-sass")
+        )
+    found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
+    assert found is not None, usage
+    return {
+        "kernel": label,
+        "registers": int(found[1]),
+        "stack": int(found[2]),
+        "shared": binary.metadata.shared,
+        "hopper_mma": code.count("HGMMA"),
+        "old_mma": len(re.findall(r"[^G]HMMA", code)),
+        "dealt_registers": len(re.findall(r"USETMAXREG\.TRY_ALLOC", code)),
+        "loop_spills": _loop_spills(code),
+        "overlapped": _overlapped(code),
+        "serial": code.count("WARPGROUP.DEPBAR") >= code.count("HGMMA"),
+        "float_atomics": len(re.findall(r"\b(?:RED|ATOM|ATOMG)\.\S*(?:F32|F16|BF16)", code)),
+    }
+
+
+if __name__ == "__main__":
+    keys, half = gluon_routed.WORK.step, gluon_common.HALF_ROWS
+    for job in (
+        ("routed", gluon_routed._routed_kernel, gluon_routed.constants(128), keys, gluon_routed.WORK),
+        ("dq", gluon_dq._dq_kernel, gluon_dq.constants(128), gluon_dq.WORK.step, gluon_dq.WORK),
+        ("dkv", gluon_dkv._dkv_kernel, gluon_dkv.constants(128, 4, True), half, gluon_dkv.WORK),
+    ):
+        print(json.dumps(examine(*job)), flush=True)

@@ -1,0 +1,57 @@
+"""What the compiler makes of the warp-specialised kernels, read from the machine code; no GPU needed."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+ROOT = Path(__file__).resolve().parents[3]
+
+
+@pytest.fixture(scope="module")
+def kernels():
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "tests.model.moba.compile_gluon"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [k["kernel"] for k in found] == ["routed", "dq", "dkv"]
+    return found
+
+
+def test_hopper_matrix_instructions_and_no_others(kernels):
+    for kernel in kernels:
+        assert kernel["hopper_mma"] > 0 and kernel["old_mma"] == 0, kernel
+
+
+def test_registers_are_dealt_out_to_the_consumers(kernels):
+    for kernel in kernels:
+        assert kernel["dealt_registers"] >= 2, kernel
+
+
+def test_matrix_instructions_overlap(kernels):
+    """Several are under way at once, and the exponentials of a step run before the wait for the last of them."""
+    for kernel in kernels:
+        assert not kernel["serial"] and kernel["overlapped"] >= 16, kernel
+
+
+def test_no_floating_point_atomics(kernels):
+    assert [k["kernel"] for k in kernels if k["float_atomics"]] == []
+
+
+def test_no_spills(kernels):
+    """dk, dv: addresses for the end of the kernel, and five accesses in the masked loop over the own block."""
+    stack = {k["kernel"]: k["stack"] for k in kernels}
+    assert stack["routed"] == stack["dq"] == 0 and stack["dkv"] <= 48, stack
+    loops = {k["kernel"]: k["loop_spills"] for k in kernels}
+    assert loops["routed"] == loops["dq"] == 0 and loops["dkv"] <= 8, loops
+
+
+def test_programs_fit_a_multiprocessor(kernels):
+    """One program of twelve warps: 64 Ki registers and 227 KiB of shared memory."""
+    for kernel in kernels:
+        assert kernel["registers"] * 32 * 12 <= 65536 and kernel["shared"] <= 227 * 1024, kernel
