@@ -84,7 +84,8 @@ def reset_optimizer(engine: DeepSpeedEngine, step: int) -> None:
         count = torch.zeros((), dtype=torch.float32, device=master.device if fused else "cpu")
         state["step"] = count.fill_(step)
         for key in MOMENTS:
-            state[key] = torch.zeros_like(master, memory_format=torch.preserve_format)
+            made = state.get(key)  # by DeepSpeed: zeroed where it lies, for there may be no room for it twice
+            state[key] = torch.zeros_like(master) if made is None else made.zero_()
     if engine.zero_optimization_stage() in (1, 2):
         # Tell DeepSpeed's per-parameter views about the new tensors.
         engine.optimizer._hp_optimizer_states_linked = False
