@@ -41,9 +41,7 @@ def test_every_recipe_composes_and_validates(recipe: str, nproc: int) -> None:
 @pytest.mark.parametrize("recipe", NEEDS_MODEL)
 def test_recipes_fit_their_natural_world_size(recipe: str) -> None:
     model, nproc = NEEDS_MODEL[recipe]
-    scaled = ["stages.full_256k.rope.kind=llama3", "stages.full_256k.rope.original_seq_len=8192"]
-    overrides = [f"recipe={recipe}", f"model={model}", "out=runs/x", *(scaled if "1m" in recipe else [])]
-    config = compose("train", overrides)
+    config = compose("train", [f"recipe={recipe}", f"model={model}", "out=runs/x"])
     assert config.launch.nproc == nproc
     validate(config, nproc)
     with pytest.raises(UserError, match=r"missing: recipe=.* or model=.* or init\.hf=FOLDER"):
