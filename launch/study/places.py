@@ -15,7 +15,7 @@ RECIPES = {
     "recipe=study": ["text"],
     "recipe=study_base": ["text"],
     "recipe=study_sft": ["chat"],
-    "recipe=study_retrieval": ["text", "synthetic_short"],
+    "recipe=study_retrieval": ["text", "synthetic", "synthetic_short"],
     "recipe=study_extend": ["text", "synthetic", "synthetic_short"],
 }
 
