@@ -28,8 +28,8 @@ sys.path.insert(0, str(ROOT))
 BEGAN = time.monotonic()
 from benchmarks.folders import SHAPES, Shape, corpus, save_folder  # noqa: E402
 
-BOUND = {True: 1e-4, False: 3e-2}  # relative, of a token's logits: fp32 as in the tests of the families, bf16
-MOST_CHOSEN_OTHERWISE = 0.02  # of the tokens
+EXACT, HALF = 1e-4, 3e-2  # relative differences: of each token's logits in fp32, of all logits in bf16
+MOST_CHOSEN_OTHERWISE = 0.05  # of the tokens
 
 
 def say(text: str) -> None:
@@ -94,7 +94,10 @@ def kill(process: subprocess.Popen[bytes]) -> None:
         with suppress(psutil.NoSuchProcess):
             one.kill()
     process.wait()
-    psutil.wait_procs(tree, timeout=10)
+    for one in tree[1:]:  # dead is enough: whoever inherits them may never ask for their exit codes
+        with suppress(psutil.NoSuchProcess):
+            while one.status() != psutil.STATUS_ZOMBIE:
+                time.sleep(0.02)
 
 
 def train(shape: Shape, work: Path, steps: int, extra: list[str]) -> dict[str, Any]:
@@ -112,14 +115,14 @@ def train(shape: Shape, work: Path, steps: int, extra: list[str]) -> dict[str, A
             kill(first)
         return first.poll() is not None
 
-    wait_for(lambda: (alone_is_done(), saved.is_dir())[1], second, logs[1], 300)
+    wait_for(lambda: saved.is_dir() or (alone_is_done() and False), second, logs[1], 300)
     kill(second)
     done = len(rows(killed))
     if done >= steps:
         sys.exit(f"killed too late, after {done} of {steps} steps: more --steps")
     say(f"killed after {done} rows, step {steps // 2} saved; again")
     second = start(arguments, logs[1])
-    wait_for(lambda: (alone_is_done(), second.poll() == 0)[1], second, logs[1], 300)
+    wait_for(lambda: second.poll() == 0 or (alone_is_done() and False), second, logs[1], 300)
     wait_for(alone_is_done, first, logs[0], 300)
     want, got = rows(alone), rows(killed)
     say("resumed to the end")
@@ -177,7 +180,7 @@ def compare(shape: Shape, work: Path, device: str) -> list[dict[str, Any]]:
                 "attention": name, "dtype": str(dtype).removeprefix("torch."), "tokens": length,
                 "logits_max": float((got - want).abs().max()),
                 "logits_relative": float((got - want).norm() / want.norm()),
-                "tokens_off": float((off > BOUND[exact]).float().mean()),
+                "tokens_off": float((off > EXACT).float().mean()) if exact else None,
                 "same_argmax": float((got.argmax(-1) == want.argmax(-1)).float().mean()),
                 "loss": losses[0], "loss_transformers": losses[1],
             })  # fmt: skip
@@ -197,7 +200,10 @@ def verdict(result: dict[str, Any]) -> list[str]:
     for row in result["compared"]:
         exact, chosen = row["dtype"] == "float32", row["attention"] == "moba"
         loss = abs(row["loss"] - row["loss_transformers"])
-        if loss > (1e-5 if exact else 2e-3) or row["tokens_off"] > (MOST_CHOSEN_OTHERWISE if chosen else 0):
+        far = row["logits_relative"] > HALF
+        if exact:
+            far = row["tokens_off"] > (MOST_CHOSEN_OTHERWISE if chosen else 0)
+        if far or loss > (1e-5 if exact else 2e-3):
             bad.append(f"{row['attention']} in {row['dtype']}")
     return bad
 

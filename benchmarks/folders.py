@@ -30,6 +30,7 @@ _TINY = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "nu
          "num_key_value_heads": 2, "head_dim": 16}  # fmt: skip
 _SMALL = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 4,
           "num_key_value_heads": 2, "head_dim": 64}  # fmt: skip
+_PADDING = 64  # of the vocabulary beyond the tokenizer's, as in Qwen's folders
 SHAPES = {
     "llama-1b": Shape(_LLAMA_1B, 8192, 32_768, 128, 4096, ("engine.checkpointing=full",)),
     "small": Shape(_SMALL, 2048, 8192, 128, 4096, ()),
@@ -45,9 +46,9 @@ def corpus(folder: Path) -> None:
 
 
 def save_folder(shape: Shape, texts: Path, folder: Path, device: str) -> None:
-    """Model and tokenizer as transformers saves them."""
+    """Model and tokenizer as transformers saves them. Several ids end an answer, as in instruction-tuned ones."""
     import torch
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
     words = Tokenizer(models.BPE())
@@ -58,12 +59,14 @@ def save_folder(shape: Shape, texts: Path, folder: Path, device: str) -> None:
     trainer = trainers.BpeTrainer(vocab_size=shape.vocab_size, special_tokens=special, initial_alphabet=alphabet)
     words.train([str(path) for path in sorted(texts.iterdir())[:60]], trainer)
     bos, eos = special
+    words.post_processor = processors.TemplateProcessing(f"{bos} $A", special_tokens=[(bos, 0)])  # as Llama 3's
     PreTrainedTokenizerFast(tokenizer_object=words, bos_token=bos, eos_token=eos).save_pretrained(folder)
     config = LlamaConfig(
-        **shape.model, vocab_size=shape.vocab_size, max_position_embeddings=131_072, tie_word_embeddings=True,
-        rope_parameters=ROPE, bos_token_id=0, eos_token_id=1,
+        **shape.model, vocab_size=shape.vocab_size + _PADDING, tie_word_embeddings=True,
+        max_position_embeddings=131_072, rope_parameters=ROPE, bos_token_id=0, eos_token_id=1,
     )  # fmt: skip
     torch.manual_seed(0)
     with torch.device(device):
         model = LlamaForCausalLM(config)
+    model.generation_config.eos_token_id = [1, 2]
     model.to(torch.bfloat16 if device == "cuda" else torch.float32).save_pretrained(folder)
