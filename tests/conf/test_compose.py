@@ -30,8 +30,13 @@ NEEDS_MODEL = {
 }
 
 
-@pytest.mark.parametrize("recipe", [name for name in group_choices()["recipe"] if name not in NEEDS_MODEL])
-@pytest.mark.parametrize("nproc", [1, 2])
+def sizes() -> list[tuple[str, int]]:
+    """Every other recipe on one and two processes; an arm of a study runs on one."""
+    names = [name for name in group_choices()["recipe"] if name not in NEEDS_MODEL]
+    return [(name, nproc) for name in names for nproc in ([1] if name.startswith("study") else [1, 2])]
+
+
+@pytest.mark.parametrize(("recipe", "nproc"), sizes())
 def test_every_recipe_composes_and_validates(recipe: str, nproc: int) -> None:
     config = compose("train", [f"recipe={recipe}", "out=runs/x"])
     assert isinstance(config, TrainConfig)
