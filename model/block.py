@@ -35,23 +35,27 @@ class Block(nn.Module):
     def forward(
         self,
         x: Tensor,
+        more: Tensor | None = None,
         *,
         packed: Packed,
         layer_plan: LayerPlan,
         cache: KVCache | None = None,
         probe: Probe | None = None,
         offload: HostOffload | None = None,
-    ) -> Tensor:
-        """x [..., C] to the same shape. In training, keeps as much as `Execution.checkpointing` says."""
+    ) -> tuple[Tensor, Tensor | None]:
+        """The residual stream [..., C], and what the next norm has to add to it if that is still to be done.
+
+        In training, keeps as much as `Execution.checkpointing` says.
+        """
         if self.checkpointing == "none" or not torch.is_grad_enabled():
-            return self._whole(x, packed=packed, layer_plan=layer_plan, cache=cache, probe=probe)
+            return self._parts(x, more, packed=packed, layer_plan=layer_plan, cache=cache, probe=probe)
         if cache is not None or probe is not None:
             raise ValueError("activation checkpointing takes neither a KV cache nor a probe: use torch.no_grad()")
         if self.checkpointing == "full":
             choices = recompute.Choices()
             whole = partial(self._whole, packed=packed, layer_plan=layer_plan, choices=choices)
-            return recompute.full(whole, x, choices, offload)
-        return recompute.selective(
+            return recompute.full(whole, x, choices, offload), None
+        out = recompute.selective(
             lambda x: self.self_attn.lead(self.input_layernorm(x)[1], packed),
             lambda q, k, v: self.self_attn.attend(q, k, v, packed, layer_plan),
             lambda x, out: self._rest(x, self.self_attn.finish(out, x.shape)),
@@ -59,10 +63,16 @@ class Block(nn.Module):
             block_bound(packed, layer_plan),
             offload,
         )
+        return out, None
+
+    def _parts(self, x: Tensor, more: Tensor | None, **attention: Any) -> tuple[Tensor, Tensor]:
+        x, normed = self.input_layernorm(x) if more is None else self.input_layernorm(x, more)
+        x, normed = self.post_attention_layernorm(x, self.self_attn(normed, **attention))
+        return x, self.mlp(normed)
 
     def _whole(self, x: Tensor, **attention: Any) -> Tensor:
-        x, normed = self.input_layernorm(x)
-        return self._rest(x, self.self_attn(normed, **attention))
+        x, more = self._parts(x, None, **attention)
+        return x + more
 
     def _rest(self, x: Tensor, attended: Tensor) -> Tensor:
         x, normed = self.post_attention_layernorm(x, attended)

@@ -22,8 +22,9 @@ from conf.errors import UserError
 from model.products import add_product, gradient_sum
 
 # Bytes of one tile of logits, in their own dtype. One is alive at a time. The products need some 4,000 tokens to
-# run at full speed, and each tile reads and writes the head's whole fp32 gradient once.
-TILE_BYTES = 2**30
+# run at full speed, and each tile reads and writes the head's whole fp32 gradient once. (8K tokens of a vocabulary
+# of 128K: 21.3 ms in two tiles, 20.9 in one.)
+TILE_BYTES = 2**31
 LOSSES = ("auto", "fused", "tiled")
 
 
@@ -123,7 +124,7 @@ class _FusedCrossEntropy(torch.autograd.Function):
             torch.mul(grad_hidden, scale, out=grad_hidden)
         if grad_weight is not None and ctx.into is not None:
             if ctx.into.begin():
-                torch.mul(grad_weight, scale, out=ctx.into.total)
+                _scale_into(ctx.into.total, grad_weight, scale)
             else:
                 ctx.into.total.addcmul_(grad_weight, scale)
             grad_weight = None
@@ -131,6 +132,16 @@ class _FusedCrossEntropy(torch.autograd.Function):
             out = grad_weight if ctx.dtype == grad_weight.dtype else torch.empty_like(grad_weight, dtype=ctx.dtype)
             grad_weight = torch.mul(grad_weight, scale, out=out)
         return grad_hidden, grad_weight, None, None, None, None
+
+
+def _scale_into(out: Tensor, x: Tensor, scale: Tensor) -> None:
+    """out = x * scale, contiguous both; for a factor on the device PyTorch reaches 2/3 of the bandwidth."""
+    if x.is_cuda:
+        from model.triton_loss import scale_into
+
+        scale_into(out, x, scale)
+    else:
+        torch.mul(x, scale, out=out)
 
 
 def _softmax_tile(logits: Tensor, labels: Tensor, weights: Tensor | None, losses: Tensor, gradient: bool) -> None:

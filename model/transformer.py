@@ -22,7 +22,7 @@ from model.cache import KVCache
 from model.embedding import Embedding
 from model.execution import PLAIN, Execution
 from model.generation import decode_on_device, prefill
-from model.layers import RMSNorm
+from model.layers import ResidualNorm
 from model.loss import LMHead, LossSums, sum_losses
 from model.offload import HostOffload
 from model.parallel_generation import parallel_prefill
@@ -40,7 +40,7 @@ class Trunk(nn.Module):
         super().__init__()
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config, layer, backend, execution) for layer in range(config.num_layers))
-        self.norm = RMSNorm(config.hidden_size, config.norm_eps, execution)
+        self.norm = ResidualNorm(config.hidden_size, config.norm_eps, execution)
         self.offload = HostOffload() if execution.offload_checkpoints else None
         self.shards = execution.parallel.size if execution.parallel is not None else 1
         self.rotary = Rotary(rope, head_dim(config))
@@ -61,15 +61,19 @@ class Trunk(nn.Module):
             raise ValueError(f"{len(plans)} plans for {len(self.layers)} layers")
         flat = positions.reshape(-1)
         packed = Packed(*self.rotary.tables(flat), cu_seqlens, max_seqlen, flat, flat.numel() * self.shards)
-        x = self.embed_tokens(input_ids)
+        x, more = self.embed_tokens(input_ids), None
         if self.offload is not None:
             self.offload.begin()
         for index, (layer, layer_plan) in enumerate(zip(self.layers, plans, strict=True), start=1):
             # The last layer's tensors are the first that backward wants: they need not go anywhere.
             offload = self.offload if index < len(self.layers) else None
             # By keyword: DeepSpeed's ZeRO-3 hooks warn about positional arguments that are not tensors.
-            x = layer(x, packed=packed, layer_plan=layer_plan, cache=cache, probe=probe, offload=offload)
-        return self.norm(x)
+            given = (x,) if more is None else (x, more)
+            x, more = layer(
+                *given, packed=packed, layer_plan=layer_plan, cache=cache, probe=probe, offload=offload
+            )
+        normed: Tensor = (self.norm(x) if more is None else self.norm(x, more))[1]
+        return normed
 
 
 def drawn_weights(config: ModelConfig, seed: int) -> Iterator[tuple[str, Tensor]]:

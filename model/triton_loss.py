@@ -91,3 +91,17 @@ def softmax_tile(
             BLOCK=min(BLOCK, triton.next_power_of_2(vocab)),
             num_warps=WARPS,
         )
+
+
+@triton.jit
+def _scale_kernel(out_ptr, x_ptr, scale_ptr, size, BLOCK: tl.constexpr):
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + i, mask=i < size, other=0.0)
+    tl.store(out_ptr + i, x * tl.load(scale_ptr), mask=i < size)
+
+
+def scale_into(out: Tensor, x: Tensor, scale: Tensor) -> None:
+    """out = x * scale, fp32 all, contiguous; `scale` has one element."""
+    size = x.numel()
+    with torch.cuda.device(x.device) if x.is_cuda else nullcontext():
+        _scale_kernel[(triton.cdiv(size, 2048),)](out, x, scale, size, BLOCK=2048, num_warps=4)

@@ -131,13 +131,12 @@ def train_step(run: Run, micro_batches: list[Batch], plans: Plans, lr: float) ->
         float64 on the device, as `train.pending.Outcome` reads it.
     """
     engine, mesh = run.engine, run.mesh
-    weight = torch.tensor(sum(mesh.cut(batch).weight_sum for batch in micro_batches), dtype=torch.float64)
-    weight = weight.to(mesh.device, non_blocking=True)
+    weight = _to_device(sum(mesh.cut(batch).weight_sum for batch in micro_batches), mesh)
     dist.all_reduce(weight)
     divisor = torch.where(weight > 0, weight, 1.0)
     scale = mesh.world / divisor.float()
     flags = [float(run.stop.requested), *(run.saver.status() if run.saver else (0.0, 0.0))]
-    sums = torch.tensor([0.0] * 4 + flags, dtype=torch.float64).to(mesh.device, non_blocking=True)
+    sums = _to_device([0.0] * 4 + flags, mesh)
     set_lr(engine, lr)
     own_norm = None
     for index, batch in enumerate(micro_batches, start=1):
@@ -163,6 +162,12 @@ def train_step(run: Run, micro_batches: list[Batch], plans: Plans, lr: float) ->
     norm = grad_norm(engine, own_norm).double().reshape(1)
     verdict = run.guard.verdict() if run.guard is not None else torch.zeros_like(norm)
     return torch.cat([sums[:5], norm, sums[5:], verdict.reshape(1), weight.reshape(1)])
+
+
+def _to_device(values: float | list[float], mesh: Mesh) -> Tensor:
+    """float64; from page-locked memory, since a copy from any other waits for all that the device has queued."""
+    pinned = mesh.device.type == "cuda"
+    return torch.tensor(values, dtype=torch.float64, pin_memory=pinned).to(mesh.device, non_blocking=True)
 
 
 def describe_step(run: Run, lr: float, plans: Plans) -> Row:

@@ -91,6 +91,15 @@ def test_the_kernel_equals_its_plain_twin(monkeypatch: pytest.MonkeyPatch, weigh
         assert_close(ours, theirs, name)
 
 
+@pytest.mark.skipif(not triton_common.INTERPRETED, reason="the kernels of this process are compiled")
+def test_scaling_into_another_tensor() -> None:
+    from model import triton_loss
+
+    x, out = torch.randn(3, 1001), torch.full((3, 1001), torch.nan)
+    triton_loss.scale_into(out, x, torch.tensor([0.37]))
+    assert_close(out, x * 0.37, "scaled")
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -139,7 +148,8 @@ def test_huge_logits_stay_finite() -> None:
 
 def test_no_tile_is_larger_than_its_budget(monkeypatch: pytest.MonkeyPatch) -> None:
     assert tile_tokens(128_256, 2, 2**20) * 128_256 * 2 <= fused_loss.TILE_BYTES
-    assert tile_tokens(128_256, 2, 8192) == 4096  # two equal parts, in groups of 128
+    assert tile_tokens(128_256, 2, 8192) == 8192
+    assert tile_tokens(128_256, 2, 2 * 5000) == 5120  # two equal parts, in groups of 128
     assert tile_tokens(1000, 4, 50) == 50
     largest = 0
     product = torch.mm
