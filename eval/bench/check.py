@@ -7,6 +7,7 @@ error is at most twice that of the same computation written with bf16 torch oper
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Literal
 
@@ -44,7 +45,9 @@ def check(x: Inputs, seed: int = 0, path: Literal["routed", "union"] = "routed")
     q, k = x.q.detach(), x.k.detach()
     table = build_block_table(x.cu_seqlens, shape.seq_len, shape.block_size)
     scale = shape.head_dim**-0.5
-    ids = choose(q, k, table, min(shape.topk - 1, table.max_past))
+    past = min(shape.topk - 1, table.max_past)
+    table = dataclasses.replace(table, complete_past=past)
+    ids = choose(q, k, table, past)
     out, lse2, (dq, dk, dv) = _passes(x, ids, table, scale, path)
     generator = torch.Generator().manual_seed(seed)
     errors = _queries(x, ids, table, out, lse2, dq, generator)
@@ -62,8 +65,9 @@ def _passes(
         return out, lse2, triton_union_backward.backward_pass(q, k, v, out, lse2, x.dout, table, scale, found)
     T, H, D = q.shape
     budget = default_budget(T, H, k.shape[1], D, q.element_size())
-    out, lse2, lists = triton_op.forward_pass(q, k, v, ids, table, scale, budget)
-    grads = triton_op.backward_pass(q, k, v, ids, out, lse2, x.dout, table, scale, budget, lists)
+    reach = triton_op.reach_of(table, D)
+    out, lse2, lists = triton_op.forward_pass(q, k, v, ids, table, reach, scale, budget)
+    grads = triton_op.backward_pass(q, k, v, ids, out, lse2, x.dout, table, reach, scale, budget, lists)
     return out, lse2, grads
 
 

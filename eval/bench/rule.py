@@ -7,7 +7,7 @@ timed. Each is checked against exact samples first. Dense attention stands besid
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -133,5 +133,7 @@ def _attention(x: Inputs, attend: Callable[..., Tensor]) -> Callable[[], Tensor]
 
     shape = x.shape
     table = build_block_table(x.cu_seqlens, shape.seq_len, shape.block_size)
-    ids = choose(x.q.detach(), x.k.detach(), table, min(shape.topk - 1, table.max_past))
+    past = min(shape.topk - 1, table.max_past)
+    table = replace(table, complete_past=past)
+    ids = choose(x.q.detach(), x.k.detach(), table, past)
     return lambda: attend(x.q, x.k, x.v, ids, table, shape.head_dim**-0.5)

@@ -5,6 +5,7 @@ Shape legend: T tokens, N documents, H query heads, Hkv key heads, D head dimens
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import math
 from collections.abc import Callable
@@ -75,10 +76,11 @@ def moba_attention(
     if topk > most_past and _runs_full(chosen, longest, cu_seqlens, q.shape[0]):
         _say_full(block_size, topk)
         return full_attention(q, k, v, cu_seqlens=cu_seqlens, max_seqlen=longest, softmax_scale=scale)
-    table = build_block_table(cu_seqlens, q.shape[0], block_size)
+    past = min(topk - 1, most_past)
+    table = dataclasses.replace(build_block_table(cu_seqlens, q.shape[0], block_size), complete_past=past)
 
     def pick() -> Tensor:
-        return chosen.choose(q.detach(), k.detach(), table, min(topk - 1, most_past))
+        return chosen.choose(q.detach(), k.detach(), table, past)
 
     block_ids = pick() if remember is None else remember(pick, table.block_start.numel())
     return chosen.attend(q, k, v, block_ids, table, scale)

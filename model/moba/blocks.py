@@ -33,6 +33,7 @@ class BlockTable:
         full_id: [NF] ids of the blocks that have block_size tokens, ascending; -1 beyond them.
             Only these can ever be chosen.
         full_rank: [NB] place of a block in `full_id`; -1 for the others.
+        complete_past: queries with at most so many past blocks choose all of them; 0: nothing is known.
     """
 
     block_size: int
@@ -45,6 +46,7 @@ class BlockTable:
     block_len: Tensor
     full_id: Tensor
     full_rank: Tensor
+    complete_past: int = 0
 
     @property
     def max_past(self) -> int:

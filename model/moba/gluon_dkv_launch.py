@@ -42,7 +42,7 @@ def dkv(
     blocks = table.block_start.numel()
     num_subs = ceil_div(table.block_size, TILE_ROWS)
     spare = sums.lse_TH  # stands in for arguments that this variant never touches
-    cut = lists.segments(table.block_size)
+    cut = lists.segments()
     max_extra = 0 if cut is None else cut.max_extra
     piece = spare
     if cut is not None:

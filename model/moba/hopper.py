@@ -21,6 +21,7 @@ from model.moba.blocks import BlockTable
 from model.moba.triton_common import Tile
 from model.moba.triton_cuts import TileTable
 from model.moba.triton_lists import Lists
+from model.moba.triton_reach import Reach
 from model.moba.triton_sums import RowSums
 
 MEASURED_WITH = "3.6"  # Triton
@@ -127,6 +128,7 @@ def dkv(
     list_delta: Tensor | None,
     part: Tensor | None,
     table: BlockTable,
+    reach: Reach,
     dk_THD: Tensor,
     dv_THD: Tensor,
     heads: range,
@@ -138,8 +140,8 @@ def dkv(
     inputs = (q_THD, k_THD, v_THD, dout_THD, sums)
     bare = lists is None or list_lse is None or list_delta is None or part is not None
     if bare or refusal(q_THD.shape[-1], table.block_size):
-        triton_dkv.dkv(*inputs, lists, list_lse, list_delta, part, table, dk_THD, dv_THD, heads, softmax_scale,
-                       tile, pointers)  # fmt: skip
+        triton_dkv.dkv(*inputs, lists, list_lse, list_delta, part, table, reach, dk_THD, dv_THD, heads,
+                       softmax_scale, tile, pointers)  # fmt: skip
         return
     from model.moba import gluon_dkv_launch
 

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from model.moba import triton_common as common
 from model.moba import triton_steps as steps
-from model.moba.blocks import BlockTable
 from model.moba.triton_common import Tiles
+from model.moba.triton_reach import Reach, first_key
 
 
 @triton.jit(do_not_specialize=["num_tokens", "H", "K", "first_head", "num_heads", "first_token", "pairs_per_head"])
@@ -27,7 +27,7 @@ def _combine_kernel(
     part_ptr,
     part_lse_ptr,
     ids_ptr,
-    own_start_ptr,
+    start_ptr,
     out_ptr,
     lse_ptr,
     scale_log2,
@@ -64,13 +64,14 @@ def _combine_kernel(
 
     # rows of one tile may lie in several blocks; keys that all of them see need no mask
     last = tl.minimum(first + ROWS, num_tokens) - 1
-    begin = tl.load(own_start_ptr + first)
+    begin = first_key(tl.load(start_ptr + first))
     plain_end = begin
     if SPLIT:  # noqa: SIM102 - the outer one is decided by the compiler
-        if tl.load(own_start_ptr + last) == begin:
+        if first_key(tl.load(start_ptr + last)) == begin:
             plain_end = begin + ((first - begin) // KEYS) * KEYS
     column = head * D
-    depth = token - tl.load(own_start_ptr + token, mask=live, other=0)
+    start = tl.load(start_ptr + token, mask=live, other=0)
+    depth = token - first_key(start)
     for j in tl.range(plain_end, last + 1, KEYS, num_stages=1 if SPLIT else STAGES):
         k = k_desc.load([j, column])
         v = v_desc.load([j, column])
@@ -78,17 +79,19 @@ def _combine_kernel(
             q, k, v, steps.inside_own(token, depth, j + n), scale_log2, top, total, out, True
         )
     if SPLIT:
-        for j in tl.range(begin, plain_end, KEYS):
-            k = k_desc.load([j, column])
-            v = v_desc.load([j, column])
-            top, total, out = steps.attend(q, k, v, True, scale_log2, top, total, out, False)
+        for base in tl.range(begin, plain_end, 1 << 20):
+            for j in tl.range(base, tl.minimum(base + (1 << 20), plain_end), KEYS):
+                k = k_desc.load([j, column])
+                v = v_desc.load([j, column])
+                top, total, out = steps.attend(q, k, v, True, scale_log2, top, total, out, False)
 
     pair = (head - first_head).to(tl.int64) * pairs_per_head + ((token - first_token).to(tl.int64) * G + g) * K
+    live_past = live & (start >= 0)
     bits = live.to(tl.int32)
     if SLOTS > 0:
-        bits = steps.used_slots(ids_ptr, row, live, K, SLOTS)
+        bits = steps.used_slots(ids_ptr, row, live_past, K, SLOTS)
     for s in tl.range(0, K, num_stages=AHEAD):
-        used = steps.is_used(bits, ids_ptr, row, live, K, s, SLOTS)
+        used = steps.is_used(bits, ids_ptr, row, live_past, K, s, SLOTS)
         lse = tl.load(part_lse_ptr + pair + s, mask=used, other=float("-inf"))
         part = tl.load(part_ptr + (pair + s)[:, None] * D + d[None, :], mask=used[:, None], other=0.0)
         new_top = tl.maximum(top, lse)
@@ -109,7 +112,7 @@ def combine(
     part: Tensor | None,
     part_lse: Tensor | None,
     block_ids: Tensor,
-    table: BlockTable,
+    reach: Reach,
     out_THD: Tensor,
     lse_TH: Tensor,
     heads: range,
@@ -130,7 +133,7 @@ def combine(
         q_THD if part is None else part,
         lse_TH if part_lse is None else part_lse,
         block_ids,
-        table.own_start,
+        reach.start,
         out_THD,
         lse_TH,
         scale_log2,

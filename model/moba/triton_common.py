@@ -62,10 +62,22 @@ class Tiles:
     stationary: bool  # forward: keys of a block stay in shared memory while query rows stream (small blocks)
     stationary_dq: bool
     stream: int = 1  # row tiles one program of a stationary kernel handles
+    reach: bool = False  # queries that choose all of their past run without lists (see triton_reach)
     fused: Tile | None = None  # dk, dv and dq partials in one kernel: a tile that covers the block
     fused_pointers: bool = True  # its keys and values come by pointer, else by descriptor
     combine_split: bool = True  # keys of the own block that all rows see have a loop of their own, without a mask
+    merge_split: bool = False  # the same in the merge of dq
     ahead: int = 2  # stages of the loops over the partials of a query
+
+    @property
+    def routed_rows(self) -> int:
+        """List entries per program of the forward kernel."""
+        return self.routed.rows * (self.stream if self.stationary else 1)
+
+    @property
+    def dq_rows(self) -> int:
+        """List entries per program of the dq kernel."""
+        return self.dq.rows * (self.stream if self.stationary_dq else 1)
 
 
 @cache
@@ -89,6 +101,8 @@ def tiles_for(head_dim: int, block_size: int, num_blocks: int) -> Tiles:
             fused=cover,
             fused_pointers=whole < 32,
             combine_split=head_dim > 16,
+            merge_split=head_dim > 16,
+            reach=True,
         )
     gate = Tile(rows=64, keys=32 if num_blocks <= 80 else 64, warps=4, stages=1)
     return _covered(head_dim, gate, whole) if whole <= 128 else _streamed(head_dim, gate, block_size)
@@ -112,6 +126,7 @@ def _covered(head_dim: int, gate: Tile, whole: int) -> Tiles:
         fused=dkv,
         fused_pointers=not (wide and whole == 128 and _FUSED_BY_DESCRIPTOR),
         combine_split=False,
+        reach=True,
         ahead=3 if wide else 2,
     )
 
@@ -128,6 +143,7 @@ def _streamed(head_dim: int, gate: Tile, block_size: int) -> Tiles:
             merge=Tile(64, 64, 4, 2, 128),
             stationary=False,
             stationary_dq=False,
+            reach=True,
         )
     short = block_size <= 1024
     return Tiles(

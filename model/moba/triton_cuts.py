@@ -1,5 +1,5 @@
 # mypy: disable-error-code="no-untyped-def"
-"""Lists of pairs cut into tiles of rows and, where they are long, into segments; without the host.
+"""Lists of pairs: where each starts, its tiles of rows and, where it is long, its segments; without the host.
 
 Shape legend: triton_common.py; lists: triton_lists.py.
 """
@@ -14,58 +14,68 @@ from torch import Tensor
 
 from model.moba import triton_common as common
 
-SCAN = tl.constexpr(4096)  # lists per step of the one-program scans
-
-
-@triton.jit(do_not_specialize=["total_lists", "first_row", "end_row", "steps"])
-def range_kernel(
-    row_ptr, offset_ptr, count_ptr, out_offset_ptr, out_count_ptr, total_lists, first_row, end_row, steps,
-    PIECE: tl.constexpr,
-):  # fmt: skip
-    """The part of every list with first_row <= row id < end_row. Row ids of a list ascend by token."""
-    lists = tl.program_id(0) * PIECE + tl.arange(0, PIECE)
-    live = lists < total_lists
-    offset = tl.load(offset_ptr + lists, mask=live, other=0)
-    count = tl.load(count_ptr + lists, mask=live, other=0)
-    begin = _lower_bound(row_ptr, offset, count, first_row, steps)
-    end = _lower_bound(row_ptr, offset, count, end_row, steps)
-    tl.store(out_offset_ptr + lists, begin, mask=live)
-    tl.store(out_count_ptr + lists, end - begin, mask=live)
+_MAX_SCAN = 4096  # lists per step of the one-program scan
 
 
 @triton.jit
-def _lower_bound(row_ptr, offset, count, value, steps):
-    low = offset
-    high = offset + count
-    for _ in tl.range(0, steps):
-        middle = (low + high) // 2
-        below = (tl.load(row_ptr + middle, mask=low < high, other=0) < value) & (low < high)
-        low = tl.where(below, middle + 1, low)
-        high = tl.where(below | (low >= high), high, middle)
-    return low
+def _scan_tiles(count, done, first_ptr, i, live, ROWS: tl.constexpr):
+    """First tile of each list; returns the tiles so far."""
+    tiles = (count + (ROWS - 1)) // ROWS
+    tl.store(first_ptr + i, done + tl.cumsum(tiles, 0) - tiles, mask=live)
+    return done + tl.sum(tiles, 0)
 
 
-@triton.jit(do_not_specialize=["total_lists"])
-def tile_scan_kernel(count_ptr, first_tile_ptr, total_lists, ROWS: tl.constexpr):
-    """One program: first tile of every list; the entry after the last list is the number of tiles."""
-    done = tl.zeros([], tl.int32)
+@triton.jit(do_not_specialize=["total_lists", "num_lists", "segment"])
+def _layout_kernel(
+    total_ptr, offset_ptr, count_ptr, first_ptr, num_ptr, first_dq_ptr, num_dq_ptr, slot_ptr, first_extra_ptr,
+    num_extra_ptr, total_lists, num_lists, segment,
+    PLACE: tl.constexpr, ROWS: tl.constexpr, ROWS_DQ: tl.constexpr, SEGMENTS: tl.constexpr, ALIGN: tl.constexpr,
+    SCAN: tl.constexpr,
+):  # fmt: skip
+    """One program, over all lists: with PLACE aligned offset and length; then first tiles, first segments.
+
+    The last list of a head (empty slots) gets length 0. `slot`: segments of long lists before each list;
+    `first_extra`: the same without the first segment of each.
+    """
+    placed = tl.zeros([], tl.int32)
+    tiles = tl.zeros([], tl.int32)
+    tiles_dq = tl.zeros([], tl.int32)
+    slots = tl.zeros([], tl.int32)
+    extras = tl.zeros([], tl.int32)
     for base in tl.range(0, total_lists, SCAN):
         i = base + tl.arange(0, SCAN)
-        count = tl.load(count_ptr + i, mask=i < total_lists, other=0)
-        tiles = (count + (ROWS - 1)) // ROWS
-        first = done + tl.cumsum(tiles, 0) - tiles
-        done += tl.sum(tiles, 0)
-        tl.store(first_tile_ptr + i, first, mask=i < total_lists)
-    tl.store(first_tile_ptr + total_lists, done)
+        live = i < total_lists
+        if PLACE:
+            count = tl.load(total_ptr + i, mask=live & (i % num_lists != num_lists - 1), other=0)
+            padded = (count + (ALIGN - 1)) // ALIGN * ALIGN
+            tl.store(offset_ptr + i, placed + tl.cumsum(padded, 0) - padded, mask=live)
+            tl.store(count_ptr + i, count, mask=live)
+            placed += tl.sum(padded, 0)
+        else:
+            count = tl.load(count_ptr + i, mask=live, other=0)
+        if ROWS > 0:
+            tiles = _scan_tiles(count, tiles, first_ptr, i, live, ROWS)
+        if ROWS_DQ > 0:
+            tiles_dq = _scan_tiles(count, tiles_dq, first_dq_ptr, i, live, ROWS_DQ)
+        if SEGMENTS:
+            num = tl.where(count > segment, (count + segment - 1) // segment, 0)
+            more = tl.maximum(num - 1, 0)
+            tl.store(slot_ptr + i, slots + tl.cumsum(num, 0) - num, mask=live)
+            tl.store(first_extra_ptr + i, extras + tl.cumsum(more, 0) - more, mask=live)
+            slots += tl.sum(num, 0)
+            extras += tl.sum(more, 0)
+    if ROWS > 0:
+        tl.store(num_ptr, tiles)
+    if ROWS_DQ > 0:
+        tl.store(num_dq_ptr, tiles_dq)
+    if SEGMENTS:
+        tl.store(num_extra_ptr, extras)
 
 
 @triton.jit
-def tile_kernel(offset_ptr, count_ptr, first_tile_ptr, tile_ptr, ROWS: tl.constexpr, PIECE: tl.constexpr):
-    """Program = list: writes (list, offset, count, 0) of each of its tiles."""
-    lists = tl.program_id(0)
-    offset = tl.load(offset_ptr + lists)
-    count = tl.load(count_ptr + lists)
-    first = tl.load(first_tile_ptr + lists)
+def _fill_tiles(lists, offset, count, first_ptr, tile_ptr, ROWS: tl.constexpr, PIECE: tl.constexpr):
+    """Writes (list, offset, count, unset) of each tile of a list."""
+    first = tl.load(first_ptr + lists)
     num = (count + (ROWS - 1)) // ROWS
     for base in tl.range(0, num, PIECE):
         i = base + tl.arange(0, PIECE)
@@ -76,32 +86,24 @@ def tile_kernel(offset_ptr, count_ptr, first_tile_ptr, tile_ptr, ROWS: tl.conste
         tl.store(out + 2, tl.minimum(count - i * ROWS, ROWS), mask=live)
 
 
-@triton.jit(do_not_specialize=["total_lists", "segment"])
-def segment_scan_kernel(count_ptr, slot_ptr, first_extra_ptr, total_lists, segment):
-    """One program: segments, and segments but the first, of all long lists before each list."""
-    slots = tl.zeros([], tl.int32)
-    extras = tl.zeros([], tl.int32)
-    for base in tl.range(0, total_lists, SCAN):
-        i = base + tl.arange(0, SCAN)
-        count = tl.load(count_ptr + i, mask=i < total_lists, other=0)
-        num = tl.where(count > segment, (count + segment - 1) // segment, 0)
-        more = tl.maximum(num - 1, 0)
-        tl.store(slot_ptr + i, slots + tl.cumsum(num, 0) - num, mask=i < total_lists)
-        tl.store(first_extra_ptr + i, extras + tl.cumsum(more, 0) - more, mask=i < total_lists)
-        slots += tl.sum(num, 0)
-        extras += tl.sum(more, 0)
-    tl.store(first_extra_ptr + total_lists, extras)
-
-
 @triton.jit(do_not_specialize=["segment"])
-def segment_kernel(count_ptr, first_extra_ptr, extra_ptr, segment):
-    """Program = list: (list, segment) of each of its extras."""
+def _fill_kernel(
+    offset_ptr, count_ptr, first_ptr, tile_ptr, first_dq_ptr, tile_dq_ptr, first_extra_ptr, extra_ptr, segment,
+    ROWS: tl.constexpr, ROWS_DQ: tl.constexpr, SEGMENTS: tl.constexpr, PIECE: tl.constexpr,
+):  # fmt: skip
+    """Program = list: its tiles, and (list, segment) of each of its segments but the first."""
     lists = tl.program_id(0)
+    offset = tl.load(offset_ptr + lists)
     count = tl.load(count_ptr + lists)
-    first = tl.load(first_extra_ptr + lists)
-    for i in tl.range(1, (count + segment - 1) // segment):
-        tl.store(extra_ptr + (first + i - 1) * 2, lists)
-        tl.store(extra_ptr + (first + i - 1) * 2 + 1, i)
+    if ROWS > 0:
+        _fill_tiles(lists, offset, count, first_ptr, tile_ptr, ROWS, PIECE)
+    if ROWS_DQ > 0:
+        _fill_tiles(lists, offset, count, first_dq_ptr, tile_dq_ptr, ROWS_DQ, PIECE)
+    if SEGMENTS:
+        first = tl.load(first_extra_ptr + lists)
+        for i in tl.range(1, (count + segment - 1) // segment):
+            tl.store(extra_ptr + (first + i - 1) * 2, lists)
+            tl.store(extra_ptr + (first + i - 1) * 2 + 1, i)
 
 
 @dataclass(frozen=True)
@@ -124,7 +126,7 @@ class Segments:
 class TileTable:
     """Tiles of at most `rows` list entries, list by list, for a range of tokens.
 
-    tile int32 [bound, 4]: list, offset of the first entry, number of entries, unused. Only the first
+    tile int32 [bound * 4]: list, offset of the first entry, number of entries, unused. Only the first
     `num_tiles` (device scalar, [1]) are set; `bound` is what a launch grid uses.
     """
 
@@ -133,6 +135,77 @@ class TileTable:
     bound: int
 
 
-def segment_length(group: int, slots: int, block_size: int) -> int:
-    """Four times the average list, and not so little that cutting costs more than waiting."""
-    return max(common.MIN_SEGMENT, 4 * group * slots * block_size)
+@dataclass(frozen=True)
+class Cuts:
+    """How the lists of some key heads are cut: rows per tile of the forward and of the dq kernel, segments.
+
+    rows, rows_dq: 0 = no such tiles. segment: entries; 0 = no list can be longer.
+    """
+
+    rows: int = 0
+    rows_dq: int = 0
+    segment: int = 0
+
+    def sizes(self, total_lists: int, pairs: int) -> dict[str, int]:
+        """int32 elements of what `lay_out` fills. All bounds come from shapes."""
+        tiled, tiled_dq, cut = (total_lists * (n > 0) for n in (self.rows, self.rows_dq, self.segment))
+        return {
+            **dict.fromkeys(("offset", "count"), total_lists),
+            **{"first": tiled, "first_dq": tiled_dq, "slot": cut, "first_extra": cut},
+            **dict.fromkeys(("num", "num_dq", "num_extra"), 1),
+            "tile": 4 * self.bound(self.rows, total_lists, pairs),
+            "tile_dq": 4 * self.bound(self.rows_dq, total_lists, pairs),
+            "extra": 2 * self.max_extra(pairs),
+        }
+
+    @staticmethod
+    def bound(rows: int, total_lists: int, pairs: int) -> int:
+        return pairs // rows + min(total_lists, pairs) if rows else 0
+
+    def max_extra(self, pairs: int) -> int:
+        return pairs // self.segment if self.segment else 0
+
+
+def segment_length(num_tokens: int, group: int, slots: int, block_size: int) -> int:
+    """Four times the average list, and not so little that cutting costs more than waiting; 0: no list is longer.
+
+    Depends on shapes only, hence on no budget.
+    """
+    length = max(common.MIN_SEGMENT, 4 * group * slots * block_size)
+    return length if num_tokens * group > length else 0
+
+
+def place(total: Tensor | None, cuts: Cuts, num_lists: int, out: dict[str, Tensor]) -> None:
+    """Offsets, lengths and first tiles of all lists, from their lengths `total` or, without, from out["count"]."""
+    lists = out["count"].numel()
+    names = ("offset", "count", "first", "num", "first_dq", "num_dq", "slot", "first_extra", "num_extra")
+    _layout_kernel[(1,)](
+        out["count"] if total is None else total,
+        *(out[name] for name in names),
+        lists,
+        num_lists,
+        cuts.segment,
+        PLACE=total is not None,
+        ROWS=cuts.rows,
+        ROWS_DQ=cuts.rows_dq,
+        SEGMENTS=cuts.segment > 0,
+        ALIGN=common.LIST_ALIGN,
+        SCAN=min(_MAX_SCAN, max(128, common.next_power_of_two(lists))),
+        num_warps=8,
+    )
+
+
+def fill(cuts: Cuts, out: dict[str, Tensor]) -> None:
+    """The tiles and segments of all lists, once `place` has counted them."""
+    if cuts == Cuts():
+        return
+    names = ("offset", "count", "first", "tile", "first_dq", "tile_dq", "first_extra", "extra")
+    _fill_kernel[(out["count"].numel(),)](
+        *(out[name] for name in names),
+        cuts.segment,
+        ROWS=cuts.rows,
+        ROWS_DQ=cuts.rows_dq,
+        SEGMENTS=cuts.segment > 0,
+        PIECE=128,
+        num_warps=1,
+    )

@@ -24,6 +24,7 @@ from model.moba.blocks import BlockTable
 from model.moba.triton_common import Tile
 from model.moba.triton_lists import Lists
 from model.moba.triton_pieces import sum_pieces
+from model.moba.triton_reach import Reach
 from model.moba.triton_sums import RowSums
 
 
@@ -53,23 +54,15 @@ def _dkv_kernel(
     slot_ptr,
     block_start_ptr,
     block_len_ptr,
+    reach_end_ptr,
     part_ptr,
     piece_ptr,
     dk_ptr,
     dv_ptr,
     scale_log2,
     softmax_scale,
-    padded_tokens,
-    H,
-    num_kv_heads,
-    first_head,
-    num_heads,
-    num_lists,
-    pairs_per_head,
-    num_subs,
-    block_size,
-    max_extra,
-    segment,
+    padded_tokens, H, num_kv_heads, first_head, num_heads, num_lists, pairs_per_head, num_subs, block_size,
+    max_extra, segment,
     G: tl.constexpr,
     ROWS: tl.constexpr,
     KEYS: tl.constexpr,
@@ -80,7 +73,7 @@ def _dkv_kernel(
     EVEN: tl.constexpr,  # block_size % KEYS == 0
     POINTERS: tl.constexpr,  # to keys and values, else descriptors
     STAGES: tl.constexpr,
-):
+):  # fmt: skip
     """Program = (block, key head, KEYS of its keys): the first `segment` list entries and the own block.
 
     With SPLIT, programs before those take one further segment of a long list each, and whoever works on a long
@@ -134,7 +127,7 @@ def _dkv_kernel(
                 q = tl.load(q_ptr + row[:, None] * D + d[None, :])
                 dout = tl.load(dout_ptr + row[:, None] * D + d[None, :])
                 lse = tl.where(live, list_lse_desc.load([offset + i]), float("inf"))
-                delta = list_delta_desc.load([offset + i])  # past the end: other entries or 0, never NaN
+                delta = tl.where(live, list_delta_desc.load([offset + i]), 0.0)  # not NaN: ds = 0 * (.. - delta)
                 # a chosen block is full: only dq, which sums over keys, must not see those past its end
                 dk, dv, dst = steps.key_gradients(
                     q, dout, lse, delta, k, v, (key < end)[:, None], scale_log2, dk, dv, FUSED & (not EVEN)
@@ -147,7 +140,8 @@ def _dkv_kernel(
                     to = to[:, None] * D + d[None, :]
                     tl.store(part_ptr + to, dq.to(part_ptr.dtype.element_ty), mask=live[:, None])
         dk, dv = steps.own_rows(
-            q_desc, dout_desc, lse_desc, delta_desc, k, v, key, first_key, end, head, padded_tokens, scale_log2,
+            q_desc, dout_desc, lse_desc, delta_desc, k, v, key, first_key, tl.load(reach_end_ptr + block), head,
+            padded_tokens, scale_log2,
             dk, dv, begin == 0, G, ROWS, D, STAGES,
         )  # fmt: skip
         at = (key.to(tl.int64) * num_kv_heads + head)[:, None] * D + d[None, :]
@@ -177,6 +171,7 @@ def dkv(
     list_delta: Tensor | None,
     part: Tensor | None,
     table: BlockTable,
+    reach: Reach,
     dk_THD: Tensor,
     dv_THD: Tensor,
     heads: range,
@@ -189,7 +184,7 @@ def dkv(
     Hkv = k_THD.shape[1]
     num_subs = common.ceil_div(table.block_size, tile.keys)
     spare = sums.lse_TH  # stands in for arguments that this variant never touches
-    cut = None if lists is None else lists.segments(table.block_size)
+    cut = None if lists is None else lists.segments()
     max_extra = 0 if cut is None else cut.max_extra
     piece = spare
     if cut is not None:
@@ -216,6 +211,7 @@ def dkv(
         spare if cut is None else cut.slot,
         table.block_start,
         table.block_len,
+        reach.end,
         spare if part is None else part,
         piece,
         dk_THD,

@@ -111,6 +111,11 @@ def _gate_kernel(
     begin_last = tl.load(first_block_ptr + last_token)
     own_first = tl.load(own_block_ptr + tile * TOKENS)
     end = tl.load(own_block_ptr + last_token)
+    # where every row chooses all of its past there is nothing to compare
+    covered = (begin == begin_last) & (end - begin <= K)
+    if covered:
+        end = begin
+        own_first = begin
     # tiles of blocks that every row may see need no mask; a tile across documents has none
     plain_end = begin
     if begin == begin_last:
@@ -132,6 +137,9 @@ def _gate_kernel(
             block = (j + column)[None, :]
             score = tl.where((block >= first[:, None]) & (block < own[:, None]), score, _MASKED)
             best, ids, worst, worst_id = _insert(score, j, best, ids, worst, worst_id, column, ROWS, COLS)
+    if covered:
+        past = tl.load(own_block_ptr + token, mask=live, other=0) - begin
+        ids = tl.where(slot[None, :] < past[:, None], begin + slot[None, :], ids)
     out = ids_ptr + row[:, None] * K + slot[None, :]
     tl.store(out, tl.maximum(ids, -1), mask=live[:, None] & (slot < K)[None, :])
 

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from model.moba import triton_common as common
 from model.moba import triton_steps as steps
-from model.moba.blocks import BlockTable
 from model.moba.triton_common import Tiles
+from model.moba.triton_reach import Reach, first_key
 from model.moba.triton_sums import RowSums
 
 
@@ -27,7 +27,7 @@ def _merge_kernel(
     delta_ptr,
     part_ptr,
     ids_ptr,
-    own_start_ptr,
+    start_ptr,
     dq_ptr,
     scale_log2,
     softmax_scale,
@@ -44,6 +44,8 @@ def _merge_kernel(
     D: tl.constexpr,
     SLOTS: tl.constexpr,  # see triton_common.slot_bits
     AHEAD: tl.constexpr,  # stages of the loop over partials
+    SPLIT: tl.constexpr,  # keys that all rows see have a loop of their own, without a mask
+    STAGES: tl.constexpr,
 ):
     """Program = (ROWS tokens, query head): dq of the own block plus the partials in slot order."""
     local = tl.program_id(0) % (num_heads * G)
@@ -60,21 +62,35 @@ def _merge_kernel(
     dout = tl.load(dout_ptr + at, mask=live[:, None], other=0.0)
     lse = tl.load(lse_ptr + row, mask=live, other=float("inf"))
     delta = tl.load(delta_ptr + row, mask=live, other=0.0)
-    depth = token - tl.load(own_start_ptr + token, mask=live, other=0)
+    start = tl.load(start_ptr + token, mask=live, other=0)
+    depth = token - first_key(start)
     last = tl.minimum(first + ROWS, num_tokens) - 1
     dq = tl.zeros([ROWS, D], tl.float32)
-    for j in tl.range(tl.load(own_start_ptr + first), last + 1, KEYS):
+    begin = first_key(tl.load(start_ptr + first))
+    plain_end = begin
+    if SPLIT:  # noqa: SIM102 - the outer one is decided by the compiler
+        if first_key(tl.load(start_ptr + last)) == begin:
+            plain_end = begin + ((first - begin) // KEYS) * KEYS
+    for j in tl.range(plain_end, last + 1, KEYS, num_stages=1 if SPLIT else STAGES):
         k = k_desc.load([j, head * D])
         v = v_desc.load([j, head * D])
         visible = steps.inside_own(token, depth, j + n)
         ds = steps.query_gradient(q, dout, k, v, lse, delta, visible, scale_log2, True)
         dq = tl.dot(ds, k, dq, input_precision="ieee")
+    if SPLIT:
+        for base in tl.range(begin, plain_end, 1 << 20):
+            for j in tl.range(base, tl.minimum(base + (1 << 20), plain_end), KEYS):
+                k = k_desc.load([j, head * D])
+                v = v_desc.load([j, head * D])
+                ds = steps.query_gradient(q, dout, k, v, lse, delta, True, scale_log2, False)
+                dq = tl.dot(ds, k, dq, input_precision="ieee")
     pair = (head - first_head).to(tl.int64) * pairs_per_head + ((token - first_token).to(tl.int64) * G + g) * K
+    live_past = live & (start >= 0)
     bits = live.to(tl.int32)
     if SLOTS > 0:
-        bits = steps.used_slots(ids_ptr, row, live, K, SLOTS)
+        bits = steps.used_slots(ids_ptr, row, live_past, K, SLOTS)
     for s in tl.range(0, K, num_stages=AHEAD):
-        used = steps.is_used(bits, ids_ptr, row, live, K, s, SLOTS)
+        used = steps.is_used(bits, ids_ptr, row, live_past, K, s, SLOTS)
         part = tl.load(part_ptr + (pair + s)[:, None] * D + d[None, :], mask=used[:, None], other=0.0)
         dq += part.to(tl.float32)
     tl.store(dq_ptr + at, (dq * softmax_scale).to(dq_ptr.dtype.element_ty), mask=live[:, None])
@@ -88,7 +104,7 @@ def merge_dq(
     sums: RowSums,
     part: Tensor | None,
     block_ids: Tensor,
-    table: BlockTable,
+    reach: Reach,
     dq_THD: Tensor,
     heads: range,
     tokens: range,
@@ -110,7 +126,7 @@ def merge_dq(
         sums.delta_TH,
         q_THD if part is None else part,
         block_ids,
-        table.own_start,
+        reach.start,
         dq_THD,
         softmax_scale * common.LOG2E,
         softmax_scale,
@@ -127,5 +143,7 @@ def merge_dq(
         D=D,
         SLOTS=common.slot_bits(K),
         AHEAD=tiles.ahead,
+        SPLIT=tiles.merge_split,
+        STAGES=tile.stages,
         **tile.options,
     )

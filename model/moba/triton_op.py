@@ -16,13 +16,14 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from model.moba import triton_common as common
-from model.moba import triton_lists
 from model.moba.blocks import BlockTable
 from model.moba.hopper import dkv, dq_partials, routed
 from model.moba.triton_combine import combine
-from model.moba.triton_lists import Lists
+from model.moba.triton_cuts import Cuts, segment_length
+from model.moba.triton_lists import Lists, build_lists
 from model.moba.triton_merge import merge_dq
 from model.moba.triton_plan import Plan, default_budget, make_plan
+from model.moba.triton_reach import Reach, build_reach
 from model.moba.triton_sums import RowSums, fill_list_sums
 
 
@@ -67,18 +68,19 @@ class _Attend(torch.autograd.Function):
         softmax_scale: float,
         budget: int,
     ) -> Tensor:
-        out, lse, lists = forward_pass(q_THD, k_THD, v_THD, block_ids, table, softmax_scale, budget)
+        reach = reach_of(table, q_THD.shape[2])
+        out, lse, lists = forward_pass(q_THD, k_THD, v_THD, block_ids, table, reach, softmax_scale, budget)
         tensors = [tensor for some in lists for tensor in some.tensors]
         ctx.save_for_backward(q_THD, k_THD, v_THD, block_ids, out, lse, *tensors)
         ctx.lists = [some.without_tensors() for some in lists]
-        ctx.table, ctx.softmax_scale, ctx.budget = table, softmax_scale, budget
+        ctx.table, ctx.reach, ctx.softmax_scale, ctx.budget = table, reach, softmax_scale, budget
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout_THD: Tensor) -> tuple[Tensor | None, ...]:
         q_THD, k_THD, v_THD, block_ids, out, lse, *tensors = ctx.saved_tensors
-        lists = [some.with_tensors(*tensors[4 * i : 4 * i + 4]) for i, some in enumerate(ctx.lists)]
+        lists = [some.with_tensors(*tensors[3 * i : 3 * i + 3]) for i, some in enumerate(ctx.lists)]
         dq, dk, dv = backward_pass(
             q_THD,
             k_THD,
@@ -88,11 +90,18 @@ class _Attend(torch.autograd.Function):
             lse,
             dout_THD.contiguous(),
             ctx.table,
+            ctx.reach,
             ctx.softmax_scale,
             ctx.budget,
             lists,
         )
         return dq, dk, dv, None, None, None, None
+
+
+def reach_of(table: BlockTable, head_dim: int) -> Reach:
+    """What runs without lists: nothing but own blocks where lists were measured to be faster."""
+    tiles = common.tiles_for(head_dim, table.block_size, table.block_start.numel())
+    return build_reach(table, table.complete_past if tiles.reach else 0)
 
 
 def forward_pass(
@@ -101,6 +110,7 @@ def forward_pass(
     v_THD: Tensor,
     block_ids: Tensor,
     table: BlockTable,
+    reach: Reach,
     softmax_scale: float,
     budget: int,
 ) -> tuple[Tensor, Tensor, list[Lists]]:
@@ -114,20 +124,19 @@ def forward_pass(
     kept: list[Lists] = []
     for heads in plan.head_ranges(Hkv):
         if K == 0:
-            combine(q_THD, k_THD, v_THD, None, None, block_ids, table, out, lse, heads, range(T), scale_log2,
+            combine(q_THD, k_THD, v_THD, None, None, block_ids, reach, out, lse, heads, range(T), scale_log2,
                     tiles)  # fmt: skip
             continue
-        lists = _lists(block_ids, table, H // Hkv, heads)
+        lists = _lists(block_ids, table, reach, H // Hkv, heads, plan, tiles)
         if plan.keep_lists:
             kept.append(lists)
         part, part_lse = _partials(q_THD, plan, heads, H // Hkv * K)
         for tokens in plan.token_ranges(T):
-            rows = tiles.routed.rows * (tiles.stream if tiles.stationary else 1)
-            work = lists.tiles(rows, tokens.start, tokens.stop)
+            work = lists.tiles(tiles.routed_rows, tokens.start, tokens.stop)
             part_c, lse_c = part[:, : len(tokens)], part_lse[:, : len(tokens)]
             routed(q_THD, k_THD, v_THD, part_c, lse_c, lists, work, table, tokens.start, scale_log2, tiles.routed,
                    tiles.stationary)  # fmt: skip
-            combine(q_THD, k_THD, v_THD, part_c, lse_c, block_ids, table, out, lse, heads, tokens, scale_log2,
+            combine(q_THD, k_THD, v_THD, part_c, lse_c, block_ids, reach, out, lse, heads, tokens, scale_log2,
                     tiles)  # fmt: skip
     return out, lse, kept
 
@@ -141,6 +150,7 @@ def backward_pass(
     lse_TH: Tensor,
     dout_THD: Tensor,
     table: BlockTable,
+    reach: Reach,
     softmax_scale: float,
     budget: int,
     saved: list[Lists],
@@ -153,31 +163,29 @@ def backward_pass(
     dq, dk, dv = torch.empty_like(q_THD), torch.empty_like(k_THD), torch.empty_like(v_THD)
     scale_log2 = softmax_scale * common.LOG2E
     inputs = (q_THD, k_THD, v_THD, dout_THD, sums)
-    dq_rows = tiles.dq.rows * (tiles.stream if tiles.stationary_dq else 1)
-    fused = tiles.fused if plan.tokens >= T else None  # its partials need all tokens at once
+    fused = _fused(plan, tiles, T)
     for number, heads in enumerate(plan.head_ranges(Hkv)):
         if K == 0:
-            merge_dq(*inputs, None, block_ids, table, dq, heads, range(T), softmax_scale, tiles)
-            dkv(*inputs, None, None, None, None, table, dk, dv, heads, softmax_scale, tiles.dkv)
+            merge_dq(*inputs, None, block_ids, reach, dq, heads, range(T), softmax_scale, tiles)
+            dkv(*inputs, None, None, None, None, table, reach, dk, dv, heads, softmax_scale, tiles.dkv)
             continue
-        lists = saved[number] if saved else _lists(block_ids, table, H // Hkv, heads)
+        lists = saved[number] if saved else _lists(block_ids, table, reach, H // Hkv, heads, plan, tiles)
         list_lse = torch.empty((lists.row.numel(),), dtype=torch.float32, device=q_THD.device)
-        # gaps between lists are read, and must be finite; `fill_list_sums` leaves none
-        list_delta = torch.zeros_like(list_lse) if fused is None else torch.empty_like(list_lse)
+        list_delta = torch.empty_like(list_lse)
         part, _ = _partials(q_THD, plan, heads, H // Hkv * K)
         if fused is not None:
             fill_list_sums(lists, sums, list_lse, list_delta)
-            dkv(*inputs, lists, list_lse, list_delta, part, table, dk, dv, heads, softmax_scale, fused,
+            dkv(*inputs, lists, list_lse, list_delta, part, table, reach, dk, dv, heads, softmax_scale, fused,
                 tiles.fused_pointers)  # fmt: skip
-            merge_dq(*inputs, part, block_ids, table, dq, heads, range(T), softmax_scale, tiles)
+            merge_dq(*inputs, part, block_ids, reach, dq, heads, range(T), softmax_scale, tiles)
             continue
         for tokens in plan.token_ranges(T):
-            work = lists.tiles(dq_rows, tokens.start, tokens.stop)
+            work = lists.tiles(tiles.dq_rows, tokens.start, tokens.stop)
             part_c = part[:, : len(tokens)]
             dq_partials(*inputs, part_c, list_lse, list_delta, lists, work, table, tokens.start, scale_log2,
                         tiles.dq, tiles.stationary_dq)  # fmt: skip
-            merge_dq(*inputs, part_c, block_ids, table, dq, heads, tokens, softmax_scale, tiles)
-        dkv(*inputs, lists, list_lse, list_delta, None, table, dk, dv, heads, softmax_scale, tiles.dkv)
+            merge_dq(*inputs, part_c, block_ids, reach, dq, heads, tokens, softmax_scale, tiles)
+        dkv(*inputs, lists, list_lse, list_delta, None, table, reach, dk, dv, heads, softmax_scale, tiles.dkv)
     return dq, dk, dv
 
 
@@ -186,8 +194,29 @@ def _plan(q_THD: Tensor, k_THD: Tensor, slots: int, budget: int) -> Plan:
     return make_plan(T, H, k_THD.shape[1], D, slots, q_THD.element_size(), budget)
 
 
-def _lists(block_ids: Tensor, table: BlockTable, group: int, heads: range) -> Lists:
-    return triton_lists.build_lists(block_ids, table.block_start.numel(), group, heads.start, len(heads))
+def _fused(plan: Plan, tiles: common.Tiles, num_tokens: int) -> common.Tile | None:
+    """The fused kernel's tile, if it runs: its partials need all tokens at once."""
+    return tiles.fused if plan.tokens >= num_tokens else None
+
+
+def _lists(
+    block_ids: Tensor,
+    table: BlockTable,
+    reach: Reach,
+    group: int,
+    heads: range,
+    plan: Plan,
+    tiles: common.Tiles,
+) -> Lists:
+    """Lists of some key heads, cut for the kernels of both passes where these take all tokens at once."""
+    T, _, K = block_ids.shape
+    whole = plan.tokens >= T
+    cuts = Cuts(
+        rows=tiles.routed_rows if whole else 0,
+        rows_dq=tiles.dq_rows if whole and _fused(plan, tiles, T) is None else 0,
+        segment=segment_length(T, group, K, table.block_size),
+    )
+    return build_lists(block_ids, reach.start, table.block_start.numel(), group, heads.start, len(heads), cuts)
 
 
 def _partials(q_THD: Tensor, plan: Plan, heads: range, slots: int) -> tuple[Tensor, Tensor]:

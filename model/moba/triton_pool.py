@@ -11,6 +11,10 @@ from torch import Tensor
 from model.moba import triton_common as common
 from model.moba.blocks import BlockTable
 
+# Few programs wait for memory and not for its bandwidth: up to so many, each takes a part of the columns.
+_PROGRAMS = 1024
+_MOST_PARTS = 4
+
 
 @triton.jit(do_not_specialize=["num_blocks", "num_kv_heads"])
 def _pool_kernel(
@@ -24,14 +28,15 @@ def _pool_kernel(
     num_kv_heads,
     ROWS: tl.constexpr,
     D: tl.constexpr,
+    COLS: tl.constexpr,
     LOW: tl.constexpr,
 ):
-    """Program = (block, key head). A block that is not full gets zeros: nobody may choose it."""
+    """Program = (block, key head, COLS of its D). A block that is not full gets zeros: nobody may choose it."""
     head = tl.program_id(0) % num_kv_heads
     block = tl.program_id(0) // num_kv_heads
     i = tl.arange(0, ROWS)
-    d = tl.arange(0, D)
-    total = tl.zeros([D], tl.float32)
+    d = tl.program_id(1) * COLS + tl.arange(0, COLS)
+    total = tl.zeros([COLS], tl.float32)
     if tl.load(block_len_ptr + block) == block_size:
         start = tl.load(block_start_ptr + block)
         for j in tl.range(0, block_size, ROWS):
@@ -61,7 +66,9 @@ def block_means(k_THD: Tensor, table: BlockTable) -> tuple[Tensor, Tensor | None
     NB = table.block_start.numel()
     high = torch.empty((Hkv, NB, D), dtype=k_THD.dtype, device=k_THD.device)
     low = None if k_THD.dtype == torch.float32 else torch.empty_like(high)
-    _pool_kernel[(NB * Hkv,)](
+    parts = min(_MOST_PARTS, _PROGRAMS // (NB * Hkv))
+    cols = D >> max(0, parts.bit_length() - 1)
+    _pool_kernel[(NB * Hkv, D // cols)](
         k_THD,
         high,
         high if low is None else low,
@@ -72,6 +79,7 @@ def block_means(k_THD: Tensor, table: BlockTable) -> tuple[Tensor, Tensor | None
         Hkv,
         ROWS=rows,
         D=D,
+        COLS=cols,
         LOW=low is not None,
         num_warps=8 if rows >= 128 else 4,
     )

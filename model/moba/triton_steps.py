@@ -56,7 +56,7 @@ def own_rows(
     q_desc, dout_desc, lse_desc, delta_desc, k, v, key, first_key, end, kv_head, padded_tokens, scale_log2, dk, dv,
     active, G: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Adds the queries of the keys' own block, all heads of the group, to dk, dv [KEYS, D].
+    """Adds the queries up to `end` that see the keys without a list, all heads of the group, to dk, dv [KEYS, D].
 
     Tiles of tokens from first_key on, their start rounded down for aligned 1-D loads of lse and delta; tokens
     before first_key see none of these keys.

@@ -15,11 +15,14 @@ import torch
 from torch import Tensor
 
 from model.moba import triton_common as common
-from model.moba import triton_gate, triton_lists
+from model.moba import triton_gate
 from model.moba.blocks import BlockTable, build_block_table
 from model.moba.choosers import by_position
 from model.moba.triton_combine import combine
+from model.moba.triton_cuts import Cuts
+from model.moba.triton_lists import build_lists
 from model.moba.triton_plan import default_budget, make_plan
+from model.moba.triton_reach import Reach
 from model.moba.triton_routed import routed
 from model.schedule import LayerPlan
 
@@ -85,25 +88,26 @@ def _forward(
     plan = make_plan(T, H, Hkv, D, K, q_THD.element_size(), budget)
     num_blocks = table.block_start.numel()
     tiles = common.tiles_for(D, table.block_size, num_blocks)
-    rows = tiles.routed.rows * (tiles.stream if tiles.stationary else 1)
     scale_log2 = softmax_scale * common.LOG2E
     out = torch.empty_like(q_THD)
     lse = torch.empty((T, H), dtype=torch.float32, device=q_THD.device)
     own = (k_NHD[start:], v_NHD[start:])
+    reach = Reach(table.own_start, table.block_start)  # every query has its lists; ends are for gradients only
     for heads in plan.head_ranges(Hkv):
         if K == 0:
-            combine(q_THD, *own, None, None, ids, table, out, lse, heads, range(T), scale_log2, tiles)
+            combine(q_THD, *own, None, None, ids, reach, out, lse, heads, range(T), scale_log2, tiles)
             continue
-        lists = triton_lists.build_lists(ids, num_blocks, H // Hkv, heads.start, len(heads))
+        cuts = Cuts(rows=tiles.routed_rows if plan.tokens >= T else 0)
+        lists = build_lists(ids, reach.start, num_blocks, H // Hkv, heads.start, len(heads), cuts)
         shape = (len(heads), min(plan.tokens, T), H // Hkv * K)
         part = torch.empty((*shape, D), dtype=q_THD.dtype, device=q_THD.device)
         part_lse = torch.empty(shape, dtype=torch.float32, device=q_THD.device)
         for tokens in plan.token_ranges(T):
             part_c, lse_c = part[:, : len(tokens)], part_lse[:, : len(tokens)]
-            work = lists.tiles(rows, tokens.start, tokens.stop)
+            work = lists.tiles(tiles.routed_rows, tokens.start, tokens.stop)
             routed(
                 q_THD, k_NHD, v_NHD, part_c, lse_c, lists, work, table, tokens.start, scale_log2, tiles.routed,
                 tiles.stationary,
             )  # fmt: skip
-            combine(q_THD, *own, part_c, lse_c, ids, table, out, lse, heads, tokens, scale_log2, tiles)
+            combine(q_THD, *own, part_c, lse_c, ids, reach, out, lse, heads, tokens, scale_log2, tiles)
     return out

@@ -34,7 +34,7 @@ def _prefix_kernel(cu_ptr, first_ptr, full_ptr, num_docs, block_size):
 
 
 @triton.jit
-def _last_at_most(ptr, n, value, steps):
+def last_at_most(ptr, n, value, steps):
     """The largest i < n with ptr[i] <= value (0 if none): documents without blocks are skipped."""
     low = tl.zeros_like(value)
     high = low + n
@@ -67,7 +67,7 @@ def _fill_kernel(
 ):
     i = tl.program_id(0) * _PIECE + tl.arange(0, _PIECE)
     # tokens
-    doc = _last_at_most(cu_ptr, num_docs, i, steps)
+    doc = last_at_most(cu_ptr, num_docs, i, steps)
     start = tl.load(cu_ptr + doc)
     first = tl.load(first_ptr + doc)
     inner = (i - start) // block_size
@@ -78,7 +78,7 @@ def _fill_kernel(
     # blocks
     live = i < num_blocks
     used = i < tl.load(first_ptr + num_docs)
-    doc = _last_at_most(first_ptr, num_docs, i, steps)
+    doc = last_at_most(first_ptr, num_docs, i, steps)
     inner = i - tl.load(first_ptr + doc)
     begin = tl.load(cu_ptr + doc) + inner * block_size
     length = tl.minimum(tl.load(cu_ptr + doc + 1) - begin, block_size)
@@ -87,7 +87,7 @@ def _fill_kernel(
     rank = tl.where(used & (length == block_size), tl.load(full_ptr + doc) + inner, -1)
     tl.store(full_rank_ptr + i, rank, mask=live)
     # full blocks by rank
-    doc = _last_at_most(full_ptr, num_docs, i, steps)
+    doc = last_at_most(full_ptr, num_docs, i, steps)
     block = tl.load(first_ptr + doc) + i - tl.load(full_ptr + doc)
     used = i < tl.load(full_ptr + num_docs)
     tl.store(full_id_ptr + i, tl.where(used, block, -1), mask=i < num_full)

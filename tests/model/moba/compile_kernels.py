@@ -107,6 +107,7 @@ def jobs(dim: int, block_size: int) -> list[tuple[str, Any, dict[str, Any], comm
 
     slots = {"SLOTS": common.slot_bits(7), "AHEAD": tiles.ahead}
     own = {"SPLIT": tiles.combine_split, "STAGES": tiles.combine.stages}
+    merged = {"SPLIT": tiles.merge_split, "STAGES": tiles.merge.stages}
 
     routed = triton_routed._stationary_kernel if tiles.stationary else triton_routed._routed_kernel
     dq = triton_dq._stationary_dq_kernel if tiles.stationary_dq else triton_dq._dq_kernel
@@ -114,7 +115,7 @@ def jobs(dim: int, block_size: int) -> list[tuple[str, Any, dict[str, Any], comm
         ("routed", routed, pairs(tiles.routed), tiles.routed),
         ("combine", triton_combine._combine_kernel, {**tokens(tiles.combine), **slots, **own}, tiles.combine),
         ("dq", dq, pairs(tiles.dq), tiles.dq),
-        ("merge", triton_merge._merge_kernel, {**tokens(tiles.merge), **slots}, tiles.merge),
+        ("merge", triton_merge._merge_kernel, {**tokens(tiles.merge), **slots, **merged}, tiles.merge),
         ("dkv", triton_dkv._dkv_kernel, _dkv(tiles.dkv, dim, False), tiles.dkv),
     ]
     if tiles.fused is not None:

@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[3]
 # Bytes of stack that are known and were measured to be faster than the same kernel without them: a tighter
 # register cap gains another program per multiprocessor (combine, dk and dv at head_dim 64), or the spills are
 # those of addresses outside the loops (dk and dv at 128, the union path).
-KNOWN_STACK = {"combine": 64, "dkv": 64, "fused": 112, "merge": 16, "union": 120, "union_dkv": 40}
+KNOWN_STACK = {"combine": 64, "dkv": 64, "fused": 120, "merge": 24, "union": 120, "union_dkv": 40}
 if not triton.__version__.startswith("3.6."):
     KNOWN_STACK |= {
         "combine": 112,

@@ -11,6 +11,7 @@ from tests.tolerances import assert_close
 
 triton = pytest.importorskip("triton")
 from model.moba import triton_common  # noqa: E402
+from model.moba.triton_cuts import Cuts, segment_length  # noqa: E402
 from model.moba.triton_gate import choose  # noqa: E402
 from model.moba.triton_lists import build_lists  # noqa: E402
 from model.moba.triton_op import attend  # noqa: E402
@@ -83,8 +84,8 @@ def test_a_block_for_everybody_and_blocks_for_nobody(block_size):
     qkv = make_qkv(tokens, 2, 1)
     table = build_block_table(borders([tokens]), tokens, block_size)
     ids = torch.where(table.own_block[:, None, None] > 0, 0, -1).int().expand(tokens, 2, 1).contiguous()
-    lists = build_lists(ids, table.block_start.numel(), 2, 0, 1)
-    cut = lists.segments(block_size)
+    cuts = Cuts(segment=segment_length(tokens, 2, 1, block_size))
+    cut = build_lists(ids, table.own_start, table.block_start.numel(), 2, 0, 1, cuts).segments()
     assert cut is not None and int(cut.num_extra) == -(-2 * (tokens - block_size) // cut.length) - 1 > 0
     _compare(qkv, ids, borders([tokens]), table)
 
@@ -113,4 +114,4 @@ def test_ties_go_to_the_lowest_block(sign):
 
 def test_refuses_more_pairs_than_positions_count():
     with pytest.raises(ValueError, match="int32"):
-        build_lists(torch.empty((1 << 20, 32, 80), dtype=torch.int32, device="meta"), 8, 4, 0, 8)
+        build_lists(torch.empty((1 << 20, 32, 80), dtype=torch.int32, device="meta"), torch.empty(0), 8, 4, 0, 8)
