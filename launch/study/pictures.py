@@ -15,6 +15,7 @@ from launch.study.plan import Plan
 from launch.study.stats import Arms, Json, Key, by_choice, difference, longest, mean_curve, mean_of
 
 COLOURS = {"full": LIGHT.full, "moba": LIGHT.moba, "hybrid": "#2f8f5b"}
+COLOURS |= {"2of8": LIGHT.moba, "8of32": "#2f8f5b", "32of128": "#7a4fa3"}
 
 
 def draw_all(name: str, plan: Plan, results: Sequence[Json], out: Path) -> list[str]:
@@ -40,6 +41,8 @@ def draw_all(name: str, plan: Plan, results: Sequence[Json], out: Path) -> list[
             save(f"switch-{group}.png", 8.4, 3.2, partial(_switch, arms=arms))
         if name == "granularity":
             save("blocks.png", 8.4, 3.5, partial(_by_choice, arms=arms, base=("full",), label="minus full"))
+            shown = {key: seeds for key, seeds in arms.items() if key[0] in ("full", "2of8", "8of32", "32of128")}
+            save(f"position-{group}.png", 8.4, 3.5, partial(_position, arms=shown))
         if name == "sft_hybrid":
             save(
                 "layers.png",
@@ -77,7 +80,7 @@ def _compute(figure: Any, arms: Arms) -> bool:
         if gap is None:
             continue
         labels.append((place, size))
-        right.errorbar([place], [gap.value], yerr=[2 * (gap.seeds or gap.documents or 0)], fmt="s", capsize=4,
+        right.errorbar([place], [gap.value], yerr=[2 * gap.error], fmt="s", capsize=4,
                        color=LIGHT.moba)  # fmt: skip
         right.plot([place] * len(gap.by_seed), gap.by_seed, ".", color=LIGHT.accent, markersize=4)
     right.axhline(0, color=LIGHT.faint, linewidth=1)
@@ -85,7 +88,7 @@ def _compute(figure: Any, arms: Arms) -> bool:
     right.margins(x=0.3)
     right.set_xlabel("size")
     right.set_ylabel("MoBA minus full (nats)")
-    right.set_title("± 2 standard errors; dots: seeds", fontsize=9)
+    right.set_title("± 2 standard errors (documents or seeds); dots: seeds", fontsize=9)
     return True
 
 
@@ -153,7 +156,7 @@ def _switch(figure: Any, arms: Arms) -> bool:
         hybrid, moba = (found[kind][seed]["train"]["steps"] for kind in ("hybrid", "moba"))
         number = range(1, len(hybrid) + 1)
         right.plot(number, [a[1] - b[1] for a, b in zip(hybrid, moba, strict=True)], color=COLOURS["hybrid"],
-                   label=f"seed {seed}", linewidth=1.4, alpha=0.9 if seed == common[0] else 0.5)  # fmt: skip
+                   label=f"seed {seed}", linewidth=1.4, alpha=1 / (1 + seed))  # fmt: skip
     for kind in ("full", "moba", "hybrid"):
         if common[0] in found.get(kind, {}):
             steps = found[kind][common[0]]["train"]["steps"]
@@ -163,6 +166,7 @@ def _switch(figure: Any, arms: Arms) -> bool:
     switch = 0.9 * len(hybrid)
     for axes in (left, right):
         axes.axvline(switch + 0.5, color=LIGHT.faint, linewidth=1, linestyle="--")
+        axes.set_xlim(0.7 * len(hybrid), len(hybrid) + 1)
         axes.set_xlabel("step (dashed: the switch to full attention)")
         axes.legend(fontsize=8.5)
     left.set_ylabel(f"training loss, seed {common[0]} (nats)")
@@ -182,11 +186,10 @@ def _by_choice(figure: Any, arms: Arms, base: Key, label: str) -> bool:
             gap = difference(arms[key], arms[base], 0, what)
             if gap is None:
                 continue
-            error = 2 * (gap.seeds or gap.documents or 0.0)
-            axes.errorbar([place], [gap.value], yerr=[error], fmt="s", color=LIGHT.moba, capsize=4)
+            axes.errorbar([place], [gap.value], yerr=[2 * gap.error], fmt="s", color=LIGHT.moba, capsize=4)
             axes.plot([place] * len(gap.by_seed), gap.by_seed, ".", color=LIGHT.accent, markersize=4)
         axes.axhline(0, color=LIGHT.faint, linewidth=1)
         axes.set_xticks(range(len(others)), names, rotation=30 if max(map(len, names)) > 3 else 0, ha="right")
         axes.set_ylabel(f"{what}, {label} (nats)")
-        axes.set_title("± 2 standard errors; dots: seeds", fontsize=9)
+        axes.set_title("± 2 standard errors (documents or seeds); dots: seeds", fontsize=9)
     return True

@@ -38,10 +38,14 @@ class Mean:
         return f"{self.value:+.4f}" + (f" (± {', '.join(over)})" if over else "")
 
     @property
+    def error(self) -> float:
+        """The larger of its errors; 0 without any."""
+        return max(self.documents or 0.0, self.seeds or 0.0)
+
+    @property
     def resolved(self) -> bool:
         """Whether it has two seeds and is over two standard errors from zero, by the larger of its errors."""
-        errors = [error for error in (self.documents, self.seeds) if error is not None]
-        return self.seeds is not None and abs(self.value) > 2 * max(errors)
+        return self.seeds is not None and abs(self.value) > 2 * self.error
 
 
 def read_results(folder: Path) -> list[Json]:
