@@ -23,7 +23,7 @@ _COPY_PIECE = 1024
 
 @triton.jit(do_not_specialize=["num_tokens", "padded_tokens", "H"])
 def _delta_kernel(
-    out_ptr, dout_ptr, lse_ptr, delta_ptr, lse_t_ptr, delta_t_ptr, num_tokens, padded_tokens, H,
+    out_ptr, dout_ptr, lse_ptr, delta_ptr, both_ptr, lse_t_ptr, delta_t_ptr, num_tokens, padded_tokens, H,
     ROWS: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
     """Program = (ROWS tokens, query head). Tokens T .. Tp - 1 of the transposed outputs get zeros."""
@@ -37,6 +37,7 @@ def _delta_kernel(
     delta = tl.sum(out * dout, 1)
     lse = tl.load(lse_ptr + row, mask=live, other=0.0)
     tl.store(delta_ptr + row, delta, mask=live)
+    tl.store(both_ptr + row[:, None] * 2 + tl.arange(0, 2)[None, :], tl.join(lse, delta), mask=live[:, None])
     turned = head.to(tl.int64) * padded_tokens + token
     tl.store(lse_t_ptr + turned, lse)
     tl.store(delta_t_ptr + turned, delta)
@@ -44,25 +45,30 @@ def _delta_kernel(
 
 @triton.jit(do_not_specialize=["entries", "num_rows"])
 def _list_kernel(
-    row_ptr, lse_ptr, delta_ptr, list_lse_ptr, list_delta_ptr, entries, num_rows, PIECE: tl.constexpr
+    row_ptr, both_ptr, list_lse_ptr, list_delta_ptr, entries, num_rows, PIECE: tl.constexpr
 ):  # fmt: skip
     """lse and delta in list order. Gaps between lists hold arbitrary row ids and get those of some row."""
     i = tl.program_id(0).to(tl.int64) * PIECE + tl.arange(0, PIECE)
     live = i < entries
     row = tl.load(row_ptr + i, mask=live, other=0)
     row = tl.where((row >= 0) & (row < num_rows), row, 0)
-    tl.store(list_lse_ptr + i, tl.load(lse_ptr + row, mask=live, other=0.0), mask=live)
-    tl.store(list_delta_ptr + i, tl.load(delta_ptr + row, mask=live, other=0.0), mask=live)
+    at = row.to(tl.int64)[:, None] * 2 + tl.arange(0, 2)[None, :]
+    lse, delta = tl.split(tl.load(both_ptr + at, mask=live[:, None], other=0.0))
+    tl.store(list_lse_ptr + i, lse, mask=live)
+    tl.store(list_delta_ptr + i, delta, mask=live)
 
 
 class RowSums:
-    """lse2 and delta = do . out of every row, fp32: [T, H] for gathers, [H, Tp] for runs of tokens."""
+    """lse2 and delta = do . out of every row, fp32: [T, H] for gathers, the two side by side for gathers of both,
+    [H, Tp] for runs of tokens.
+    """
 
     def __init__(self, out_THD: Tensor, dout_THD: Tensor, lse_TH: Tensor):
         T, H, D = out_THD.shape
         padded = common.ceil_div(T, _DELTA_ROWS) * _DELTA_ROWS
         self.lse_TH = lse_TH
         self.delta_TH = torch.empty_like(lse_TH)
+        self.both_TH2 = torch.empty((T, H, 2), dtype=torch.float32, device=lse_TH.device)
         self.lse_HT = torch.empty((H, padded), dtype=torch.float32, device=lse_TH.device)
         self.delta_HT = torch.empty((H, padded), dtype=torch.float32, device=lse_TH.device)
         _delta_kernel[(padded // _DELTA_ROWS * H,)](
@@ -70,6 +76,7 @@ class RowSums:
             dout_THD,
             lse_TH,
             self.delta_TH,
+            self.both_TH2,
             self.lse_HT,
             self.delta_HT,
             T,
@@ -85,8 +92,7 @@ def fill_list_sums(lists: Lists, sums: RowSums, list_lse: Tensor, list_delta: Te
     """lse and delta of every list entry, where no dq kernel has written them."""
     _list_kernel[(common.ceil_div(list_lse.numel(), _COPY_PIECE),)](
         lists.row,
-        sums.lse_TH,
-        sums.delta_TH,
+        sums.both_TH2,
         list_lse,
         list_delta,
         list_lse.numel(),
