@@ -1,8 +1,7 @@
-"""The small pieces around attention - norm, RoPE, SwiGLU - plain, as Triton kernels, or by torch.compile.
+"""The small pieces around attention - norm, RoPE, SwiGLU - plain, as Liger's Triton kernels, or by torch.compile.
 
 Each is bound by memory traffic: plain PyTorch reads and writes the activations several times, a fused kernel once.
-Which set runs is chosen once, by name; a set that cannot run here is refused. `liger` are Liger Kernel's; `triton`
-our own, which also take the residual sum into the norm, and q, k and v as one joint projection.
+Which set runs is chosen once, by name; a set that cannot run here is refused.
 
 Shape legend: T tokens, H heads, D head_dim; `...` any leading dimensions.
 """
@@ -13,7 +12,6 @@ import importlib.util
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +20,7 @@ from torch import Tensor
 from conf.errors import UserError
 from model.rope import apply_rope
 
-SETS = ("none", "liger", "compile", "triton")
+SETS = ("none", "liger", "compile")
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -53,29 +51,15 @@ def rope(q_THD: Tensor, k_THD: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor
     return apply_rope(q_THD, cos, sin), apply_rope(k_THD, cos, sin)
 
 
-def split_rope(
-    joint: Tensor, cos: Tensor, sin: Tensor, heads: int, kv_heads: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """A joint projection [..., (H + 2 Hkv) D] to q [T, H, D], k and v [T, Hkv, D], q and k rotated."""
-    each = joint.view(cos.shape[0], heads + 2 * kv_heads, -1)
-    q, k, v = each.split([heads, kv_heads, kv_heads], dim=1)
-    return *rope(q, k, cos, sin), v.contiguous()
-
-
 @dataclass(frozen=True)
 class Pieces:
-    """One implementation of each; signatures and meaning as the functions above.
-
-    `joint`: q, k, v come as one projection where their weights lie side by side.
-    """
+    """One implementation of each; signatures and meaning as the functions above."""
 
     rms_norm: Callable[[Tensor, Tensor, float], Tensor] = rms_norm
     add_norm: Callable[[Tensor, Tensor | None, Tensor, float], tuple[Tensor, Tensor]] = add_norm
     silu_mul: Callable[[Tensor, Tensor], Tensor] = silu_mul
     silu_mul_gradients: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]] = silu_mul_gradients
     rope: Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]] = rope
-    split_rope: Callable[[Tensor, Tensor, Tensor, int, int], tuple[Tensor, Tensor, Tensor]] = split_rope
-    joint: bool = False
 
 
 PLAIN = Pieces()
@@ -93,8 +77,6 @@ def pieces(name: str, device: torch.device) -> Pieces:
         return _liger(device)
     if name == "compile":
         return _compiled(device)
-    if name == "triton":
-        return _triton(device)
     raise UserError(f"engine.fused={name} is not known: use {', '.join(SETS)}")
 
 
@@ -103,6 +85,7 @@ def _liger(device: torch.device) -> Pieces:
         raise UserError(f"engine.fused=liger runs on CUDA, not on {device.type}: use engine.fused=none")
     if importlib.util.find_spec("liger_kernel") is None:
         raise UserError("engine.fused=liger needs the package liger-kernel: install it, or use engine.fused=none")
+    from liger_kernel.ops.fused_add_rms_norm import LigerFusedAddRMSNormFunction
     from liger_kernel.ops.rms_norm import LigerRMSNormFunction
     from liger_kernel.ops.rope import LigerRopeFunction
     from liger_kernel.ops.swiglu import LigerSiLUMulFunction, swiglu_backward
@@ -111,6 +94,12 @@ def _liger(device: torch.device) -> Pieces:
         # "gemma": all of it in fp32, as F.rms_norm; offset 0 makes it the same formula.
         out: Tensor = LigerRMSNormFunction.apply(x, weight, eps, 0.0, "gemma")
         return out
+
+    def added(x: Tensor, more: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        if more is None:
+            return x, norm(x, weight, eps)
+        out, total = LigerFusedAddRMSNormFunction.apply(x, more, weight, eps, 0.0, "gemma", False)
+        return total, out
 
     def swiglu(gate: Tensor, up: Tensor) -> Tensor:
         out: Tensor = LigerSiLUMulFunction.apply(gate, up)
@@ -126,41 +115,7 @@ def _liger(device: torch.device) -> Pieces:
         q, k = LigerRopeFunction.apply(q[None].transpose(1, 2), k[None].transpose(1, 2), *tables)
         return q.transpose(1, 2)[0], k.transpose(1, 2)[0]
 
-    return Pieces(norm, _before(norm), swiglu, swiglu_gradients, rotate)
-
-
-def _before(norm: Callable[[Tensor, Tensor, float], Tensor]) -> Callable[..., tuple[Tensor, Tensor]]:
-    """The residual sum in a pass of its own before `norm`."""
-
-    def both(x: Tensor, more: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-        total = x if more is None else x + more
-        return total, norm(total, weight, eps)
-
-    return both
-
-
-def _triton(device: torch.device) -> Pieces:
-    if device.type != "cuda":
-        raise UserError(f"engine.fused=triton runs on CUDA, not on {device.type}: use engine.fused=none")
-    if importlib.util.find_spec("triton") is None:
-        raise UserError("engine.fused=triton needs the package triton: install it, or use engine.fused=none")
-    return triton_pieces()
-
-
-def triton_pieces() -> Pieces:
-    """Our own kernels; on a CPU only in Triton's interpreter."""
-    from model.triton_norm import AddNorm
-    from model.triton_rows import Rotate, SplitRotate, Swiglu, swiglu_gradients
-
-    return Pieces(
-        rms_norm=lambda x, weight, eps: AddNorm.apply(x, None, weight, eps)[1],
-        add_norm=AddNorm.apply,
-        silu_mul=Swiglu.apply,
-        silu_mul_gradients=partial(swiglu_gradients, in_place=True),
-        rope=Rotate.apply,
-        split_rope=SplitRotate.apply,
-        joint=True,
-    )
+    return Pieces(norm, added, swiglu, swiglu_gradients, rotate)
 
 
 def _compiled(device: torch.device) -> Pieces:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from model.execution import PLAIN, Execution
-from model.products import Linear, branches
+from model.products import Branches, Linear
 from model.tiled_mlp import tiled_mlp
 
 
@@ -49,11 +49,12 @@ class MLP(nn.Module):
         self.gate_proj = Linear(hidden_size, intermediate_size, bias=False)
         self.up_proj = Linear(hidden_size, intermediate_size, bias=False)
         self.down_proj = Linear(intermediate_size, hidden_size, bias=False)
+        # One product for both would be slower: 0.85 ms against 2 x 0.38 for 8,192 tokens of 2,048 to 2 x 8,192.
+        self.gate_up = Branches(self.gate_proj, self.up_proj)
 
     def forward(self, x_RSC: Tensor) -> Tensor:
         if self.tile:
             weights = self.gate_proj.weight, self.up_proj.weight, self.down_proj.weight
             return tiled_mlp(x_RSC, *weights, self.tile, self.pieces)
-        # One product for both would be slower: 0.85 ms against 2 x 0.38 for 8,192 tokens of 2,048 to 2 x 8,192.
-        out: Tensor = self.down_proj(self.pieces.silu_mul(*branches(x_RSC, self.gate_proj, self.up_proj)))
+        out: Tensor = self.down_proj(self.pieces.silu_mul(*self.gate_up(x_RSC)))
         return out

@@ -86,10 +86,7 @@ class Play(Pieces):
         take, give = self.ledger.take, self.ledger.give
         saved.lead = [*self._norm(ACT), take(ACT, self.wide)]
         raw_q, raw_k, v = take(ACT, self.q), take(ACT, self.kv), take(ACT, self.kv)
-        if self._joint:
-            saved.qkv = [take(ACT, self.q), take(ACT, self.kv), take(ACT, self.kv)]
-            give(raw_q, raw_k, v)
-        elif self._rope_in_place:
+        if self._rope_in_place:
             saved.lead.append(take(ACT, self._rope_tables))
             saved.qkv = [raw_q, raw_k, v]
         else:
@@ -219,10 +216,6 @@ class Play(Pieces):
             give(by_q)
             raw_k = take(ACT, self.kv)
             give(by_k)
-            if self._joint:
-                raw_v = take(ACT, self.kv)
-                give(by_v)
-                by_v = raw_v
             by_q, by_k = raw, raw_k
         total = take(ACT, self.wide)
         self.ledger.touch(ACT, self.wide)

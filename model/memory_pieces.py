@@ -36,12 +36,6 @@ class Pieces:
         return self.job.engine.fused == "liger"
 
     @property
-    def _joint(self) -> bool:
-        """q, k and v come as one product, and RoPE takes them apart."""
-        model, fused = self.job.model, self.job.engine.fused == "triton"
-        return fused and self.job.summed_in_products and not (model.qk_norm or model.qkv_bias or model.key_conv)
-
-    @property
     def _rope_tables(self) -> float:
         return 8.0 * self.job.local * self.job.q_width / self.job.model.num_heads
 

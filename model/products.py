@@ -1,8 +1,7 @@
 """Matrix products whose sum is kept in fp32 whatever the dtype of the factors.
 
 A weight may carry a `GradientSum`: then backward adds its gradient there, inside the product on a GPU, and leaves
-nothing in `grad`. (Megatron-LM calls this gradient accumulation fusion.) Weights that lie side by side, and their
-sums, can be multiplied as one (`Joint`).
+nothing in `grad`. (Megatron-LM calls this gradient accumulation fusion.)
 
 Shape legend: N tokens, M outputs, C inputs.
 """
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 
 
 class GradientSum(Protocol):
-    """Where the gradient of a weight, or of several that lie side by side, adds up over a step."""
+    """Where the gradient of a weight adds up over a step."""
 
     @property
     def total(self) -> Tensor:
@@ -72,17 +71,8 @@ class Linear(nn.Linear):
         return cast(Tensor, out)
 
 
-def branches(x: Tensor, *parts: Linear) -> tuple[Tensor, ...]:
-    """Every part's output for one input, whose gradient on a GPU adds up inside the products too."""
-    sums = [gradient_sum(part.weight) for part in parts]
-    if any(into is None or part.bias is not None for into, part in zip(sums, parts, strict=True)):
-        return tuple(part(x) for part in parts)
-    outs: tuple[Tensor, ...] = _Products.apply(x, parts[0].weight, [part.weight for part in parts], sums)
-    return outs
-
-
-class Joint(nn.Module):
-    """Projections of one input as one product, once `join` was given their weights as one matrix.
+class Branches(nn.Module):
+    """Projections of one input: on a GPU also its gradient adds up inside the products.
 
     It owns no parameter: the weights stay those of `parts`, by their names.
     """
@@ -90,27 +80,15 @@ class Joint(nn.Module):
     def __init__(self, *parts: Linear) -> None:
         super().__init__()
         self._parts = parts  # a tuple is no submodule
-        self._joined: tuple[Tensor, GradientSum] | None = None
 
-    @property
-    def weights(self) -> list[Tensor]:
-        return [part.weight for part in self._parts]
-
-    @property
-    def is_joined(self) -> bool:
-        return self._joined is not None
-
-    def join(self, weight_MC: Tensor, into: GradientSum) -> None:
-        """`weight_MC`: the memory of the parts' weights, in their order; `into`: of their gradients' sums."""
-        self._joined = weight_MC, into
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x [..., C] to the outputs of all parts, one behind the other [..., M]."""
-        if self._joined is None:
-            raise RuntimeError("the projections have not been joined")
-        weight_MC, into = self._joined
-        (out,) = _Products.apply(x, self._parts[0].weight, [weight_MC], [into])
-        return cast(Tensor, out)
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Every part's output."""
+        weights = [part.weight for part in self._parts]
+        sums = [gradient_sum(weight) for weight in weights]
+        if any(into is None or part.bias is not None for into, part in zip(sums, self._parts, strict=True)):
+            return tuple(part(x) for part in self._parts)
+        outs: tuple[Tensor, ...] = _Products.apply(x, weights[0], weights, sums)
+        return outs
 
 
 class _Products(torch.autograd.Function):
@@ -129,7 +107,7 @@ class _Products(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (x,) = ctx.saved_tensors
         x_NC, grad_x = x.reshape(-1, x.shape[-1]), None
-        for grad, weight, into in zip(grads, ctx.weights, ctx.sums, strict=True):
+        for grad, weight, into in zip(grads[::-1], ctx.weights[::-1], ctx.sums[::-1], strict=True):
             grad_NM = grad.reshape(-1, grad.shape[-1])
             if ctx.needs_input_grad[1]:
                 sum_product(into, grad_NM, x_NC)
@@ -139,6 +117,6 @@ class _Products(torch.autograd.Function):
                 grad_x = grad_NM @ weight
             elif grad_x.is_cuda:
                 grad_x.addmm_(grad_NM, weight)
-            else:  # as autograd adds them up
+            else:  # as autograd adds them up, last first
                 grad_x += grad_NM @ weight
         return None if grad_x is None else grad_x.view(x.shape), None, None, None

@@ -30,7 +30,7 @@ PARTS = {
     "k_proj": "projections",
     "v_proj": "projections",
     "o_proj": "projections",
-    "qkv_proj": "projections",
+    "qkv": "projections",
     "mlp": "mlp",
     "lm_head": "loss",
 }

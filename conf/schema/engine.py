@@ -31,7 +31,7 @@ class EngineConfig:
     mlp_tile: int = 0  # tokens per tile of the MLP, nothing of which is kept for backward; 0: all at once, kept
     offload_optimizer: bool = False  # fp32 weights and AdamW in host memory, and the step on the CPU
     offload_param: bool = False  # parameters in host memory between uses: ZeRO-3
-    fused: str = "none"  # none | liger | compile | triton: norm, RoPE and SwiGLU; triton: our kernels, the fastest
+    fused: str = "none"  # none | liger | compile: norm, RoPE and SwiGLU as Liger's kernels or by torch.compile
     loss: str = "auto"  # auto | fused | tiled: logits once, in large tiles, or twice; auto: fused on CUDA
     deterministic: bool = False  # equal runs give equal bits on a GPU with full attention too, which gets slower
 

@@ -36,7 +36,7 @@ def outputs_and_gradients(chosen: Pieces, device: str, dtype: torch.dtype) -> di
         ).sum()
 
     x, weight = leaf(2, T // 2, WIDE), leaf(WIDE)
-    cos, sin = tables = Rotary(RopeConfig(), D).tables(torch.arange(T, device=device) % 40)
+    cos, sin = Rotary(RopeConfig(), D).tables(torch.arange(T, device=device) % 40)
     gate, up, grad = leaf(T, WIDE), leaf(T, WIDE), leaf(T, WIDE).detach()
     q, k = leaf(T, H, D), leaf(T, HKV, D)
     found: dict[str, Tensor] = {"norm": chosen.rms_norm(x, weight, 1e-5)}
@@ -52,10 +52,6 @@ def outputs_and_gradients(chosen: Pieces, device: str, dtype: torch.dtype) -> di
     for index, what in enumerate(("sum", "norm")):  # the other one's gradient is missing
         only = chosen.add_norm(x * 1, more, weight, 1e-5)[index]
         (found[f"add dx by {what}"],) = torch.autograd.grad(weigh(only), [x])
-    joint = leaf(2, T // 2, (H + 2 * HKV) * D)
-    outs = chosen.split_rope(joint * 1, *tables, H, HKV)
-    found |= dict(zip(("split q", "split k", "split v"), outs, strict=True))
-    (found["split d"],) = torch.autograd.grad(weigh(*outs), [joint])
     found["silu"] = chosen.silu_mul(gate * 1, up * 1)
     found["silu dgate"], found["silu dup"] = torch.autograd.grad(weigh(found["silu"]), [gate, up])
     with torch.no_grad():
@@ -67,8 +63,7 @@ def outputs_and_gradients(chosen: Pieces, device: str, dtype: torch.dtype) -> di
 
 
 def assert_same(name: str, device: str, dtype: torch.dtype) -> None:
-    chosen = fused.triton_pieces() if name == "triton" else pieces(name, torch.device(device))
-    got = outputs_and_gradients(chosen, device, dtype)
+    got = outputs_and_gradients(pieces(name, torch.device(device)), device, dtype)
     exact = outputs_and_gradients(fused.PLAIN, "cpu", torch.float32 if dtype == torch.bfloat16 else torch.float64)
     assert got.keys() == exact.keys()
     for piece, want in exact.items():
@@ -89,12 +84,6 @@ def test_plain_pieces(dtype: torch.dtype) -> None:
     assert found["norm"].shape == (2, T // 2, WIDE)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="Triton's interpreter is for machines without a GPU")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_triton_in_the_interpreter(dtype: torch.dtype) -> None:
-    assert_same("triton", "cpu", dtype)
-
-
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
 @pytest.mark.timeout(600)
@@ -104,7 +93,7 @@ def test_compiled_on_the_cpu() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", ["none", "liger", "compile", "triton"])
+@pytest.mark.parametrize("name", ["none", "liger", "compile"])
 def test_on_a_gpu(name: str, dtype: torch.dtype) -> None:
     if name == "liger" and importlib.util.find_spec("liger_kernel") is None:
         pytest.skip("liger-kernel is not installed")
@@ -112,7 +101,7 @@ def test_on_a_gpu(name: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", ["liger", "compile", "triton"])
+@pytest.mark.parametrize("name", ["liger", "compile"])
 @pytest.mark.parametrize("mode", ["none", "full", "selective"])
 @pytest.mark.parametrize("tile", [0, 100])
 def test_model_on_a_gpu(name: str, mode: str, tile: int) -> None:
@@ -139,7 +128,7 @@ def test_model_on_a_gpu(name: str, mode: str, tile: int) -> None:
 def test_what_is_missing_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match=r"engine\.fused=liger runs on CUDA, not on cpu: use engine\.fused=none"):
         pieces("liger", torch.device("cpu"))
-    with pytest.raises(UserError, match=r"engine\.fused=xla is not known: use none, liger, compile, triton"):
+    with pytest.raises(UserError, match=r"engine\.fused=xla is not known: use none, liger, compile"):
         pieces("xla", torch.device("cpu"))
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"needs the package liger-kernel"):
