@@ -15,7 +15,7 @@ from launch.study.plan import Plan
 from launch.study.stats import Arms, Json, Key, by_choice, difference, longest, mean_curve, mean_of
 
 COLOURS = {"full": LIGHT.full, "moba": LIGHT.moba, "hybrid": "#2f8f5b"}
-COLOURS |= {"2of8": LIGHT.moba, "8of32": "#2f8f5b", "32of128": "#7a4fa3"}
+COLOURS |= {"2of8": LIGHT.moba, "32of128": "#2f8f5b"}
 
 
 def draw_all(name: str, plan: Plan, results: Sequence[Json], out: Path) -> list[str]:
@@ -41,7 +41,7 @@ def draw_all(name: str, plan: Plan, results: Sequence[Json], out: Path) -> list[
             save(f"switch-{group}.png", 8.4, 3.2, partial(_switch, arms=arms))
         if name == "granularity":
             save("blocks.png", 8.4, 3.5, partial(_by_choice, arms=arms, base=("full",), label="minus full"))
-            shown = {key: seeds for key, seeds in arms.items() if key[0] in ("full", "2of8", "8of32", "32of128")}
+            shown = {key: seeds for key, seeds in arms.items() if key[0] in ("full", "2of8", "32of128")}
             save(f"position-{group}.png", 8.4, 3.5, partial(_position, arms=shown))
         if name == "sft_hybrid":
             save(
