@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import fields, replace
 
-from conf.schema import RopeConfig, StageConfig
+from conf.schema import RopeConfig, StageConfig, TrainConfig
 
 INHERIT = "inherit"
 
@@ -23,6 +23,14 @@ def stage_ropes(stages: dict[str, StageConfig], base: RopeConfig | None = None) 
     for name, stage in stages.items():
         before = found[name] = _follow(stage.rope, before)
     return found
+
+
+def reach(config: TrainConfig, name: str) -> int:
+    """Tokens that the model reads after stage `name`: the longest it was trained on with that stage's RoPE, by
+    stages before too, and by those who made the folder that the run started from."""
+    ropes, names = stage_ropes(config.stages), list(config.stages)
+    lengths = [config.stages[one].seq_len for one in names[: names.index(name) + 1] if ropes[one] == ropes[name]]
+    return max([*lengths, config.init.seq_len if ropes[names[0]] == ropes[name] else 0])
 
 
 def _follow(rope: RopeConfig, before: RopeConfig) -> RopeConfig:

@@ -11,7 +11,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from conf.errors import UserError
-from conf.inherit import stage_ropes
+from conf.inherit import reach, stage_ropes
 from conf.load import load_train_config
 from conf.paths import CheckpointPaths
 from conf.schema import InitConfig, ModelConfig, RopeConfig, StageRopeConfig, TrainConfig
@@ -26,12 +26,14 @@ class Origin:
     Attributes:
         key: the setting that named it, as `init.hf=DIR`, for messages.
         rope: RoPE of its weights.
+        seq_len: tokens they read with it.
         tokenizer: folder, empty if it has none.
     """
 
     key: str
     model: ModelConfig
     rope: RopeConfig
+    seq_len: int
     tokenizer: str
 
 
@@ -49,7 +51,8 @@ def find_origin(init: InitConfig) -> Origin | None:
         folder = Path(init.hf)
         parsed = read_config_json(folder)
         has_tokenizer = any((folder / name).is_file() for name in TOKENIZER_FILES)
-        return Origin(f"init.hf={init.hf}", parsed.model, parsed.rope, init.hf if has_tokenizer else "")
+        tokenizer = init.hf if has_tokenizer else ""
+        return Origin(f"init.hf={init.hf}", parsed.model, parsed.rope, parsed.seq_len, tokenizer)
     if init.checkpoint:
         return _checkpoint_origin(init.checkpoint)
     return None
@@ -64,7 +67,8 @@ def _checkpoint_origin(name: str) -> Origin:
     if stage not in config.stages:
         raise UserError(f"{paths.root}: stage {stage} of state.json is not in config.yaml")
     tokenizer = str(paths.tokenizer) if paths.tokenizer.is_dir() else ""
-    return Origin(f"init.checkpoint={name}", config.model, stage_ropes(config.stages)[stage], tokenizer)
+    rope = stage_ropes(config.stages)[stage]
+    return Origin(f"init.checkpoint={name}", config.model, rope, reach(config, stage), tokenizer)
 
 
 class Completion:
@@ -102,10 +106,13 @@ class Completion:
         model[name] = theirs
 
 
-def complete_ropes(config: TrainConfig, base: RopeConfig | None) -> TrainConfig:
+def complete_ropes(config: TrainConfig, origin: Origin | None) -> TrainConfig:
     """Give every stage its complete RoPE, in place, so that `config.yaml` says it in full."""
-    for name, rope in stage_ropes(config.stages, base).items():
+    ropes = stage_ropes(config.stages, origin.rope if origin else None)
+    for name, rope in ropes.items():
         config.stages[name].rope = StageRopeConfig(**asdict(rope))
+    if origin is not None and origin.rope in list(ropes.values())[:1]:
+        config.init.seq_len = origin.seq_len
     return config
 
 

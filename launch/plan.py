@@ -23,7 +23,7 @@ def resolve(overrides: Sequence[str]) -> PlanConfig:
     """As `moba train` would have it: `init` fills in the model, stages inherit RoPE."""
     completion = Completion(override_keys(overrides))
     config = compose_plan(overrides, completion)
-    complete_ropes(config, completion.origin.rope if completion.origin else None)
+    complete_ropes(config, completion.origin)
     return config
 
 

@@ -29,7 +29,7 @@ def resolve(overrides: Sequence[str]) -> TrainConfig:
         return complete_ropes(recompose(load_train_config(saved), overrides), None)
     completion = Completion(asked)
     config = compose_train(overrides, completion)
-    return complete_ropes(config, completion.origin.rope if completion.origin else None)
+    return complete_ropes(config, completion.origin)
 
 
 def run(config: TrainConfig, begin: Start | None = None) -> int:

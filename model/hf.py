@@ -20,7 +20,7 @@ from torch import Tensor
 
 from conf.constants import GENERATION_FILE
 from conf.errors import UserError
-from conf.inherit import stage_ropes
+from conf.inherit import reach, stage_ropes
 from conf.load import load_train_config
 from conf.paths import CheckpointPaths
 from conf.schema import ModelConfig, RopeConfig, TrainConfig
@@ -99,8 +99,8 @@ def _tensor_paths(folder: Path) -> list[Path]:
 def export_hf(checkpoint: Path, out: Path, dtype: str) -> Path:
     """Write a training checkpoint as a Hugging Face folder that transformers loads without remote code.
 
-    The stage the checkpoint belongs to gives RoPE and length. MoBA settings go under the extra key `moba`;
-    plain transformers ignores it and runs full attention.
+    The stage the checkpoint belongs to gives RoPE, and `conf.inherit.reach` the length. MoBA settings go under the
+    extra key `moba`; plain transformers ignores it and runs full attention.
 
     Args:
         checkpoint: a run folder (its newest checkpoint is taken) or one checkpoint.
@@ -119,9 +119,8 @@ def export_hf(checkpoint: Path, out: Path, dtype: str) -> Path:
     name = json.loads(CheckpointPaths(path).state.read_text(encoding="utf-8"))["stage"]
     if name not in config.stages:
         raise UserError(f"{path}: stage {name} of state.json is not in config.yaml: copy the checkpoint again")
-    stage = config.stages[name]
     rope = stage_ropes(config.stages)[name]
-    description = to_config_json(config.model, rope, seq_len=stage.seq_len, dtype=dtype)
+    description = to_config_json(config.model, rope, seq_len=reach(config, name), dtype=dtype)
     moba = moba_settings(config, name)
     if moba is not None:
         description["moba"] = moba

@@ -86,6 +86,7 @@ class InitConfig:
 
     hf: str = ""  # Hugging Face folder; empty: fresh weights
     checkpoint: str = ""  # run folder, checkpoint or folder made by `moba import`; its optimizer is not taken
+    seq_len: int = 0  # filled in: tokens that its model reads with the RoPE of the first stage; 0: unknown
 
 
 @dataclass

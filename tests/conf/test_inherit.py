@@ -6,8 +6,8 @@ import pytest
 
 from conf.compose import compose
 from conf.errors import UserError
-from conf.inherit import stage_ropes
-from conf.schema import RopeConfig, StageConfig, StageRopeConfig
+from conf.inherit import reach, stage_ropes
+from conf.schema import RopeConfig, StageConfig, StageRopeConfig, TrainConfig
 from conf.validate import validate
 
 LLAMA3 = RopeConfig(kind="llama3", theta=500_000.0, factor=8.0, original_seq_len=8192)
@@ -35,6 +35,18 @@ def chain(*ropes: StageRopeConfig) -> dict[str, StageConfig]:
 )
 def test_a_stage_says_what_changes(rope: StageRopeConfig, base: RopeConfig | None, wanted: RopeConfig) -> None:
     assert stage_ropes(chain(rope), base) == {"s0": wanted}
+
+
+def test_a_model_reads_what_it_was_trained_on_with_its_rope() -> None:
+    """Long, then short, then with another RoPE; the folder at its start read 1000 tokens with the first."""
+    wide = StageRopeConfig(**asdict(LLAMA3))
+    stages = chain(wide, wide, StageRopeConfig(theta=8e6))
+    for name, length in zip(stages, (512, 64, 128), strict=True):
+        stages[name].seq_len = length
+    config = TrainConfig(stages=stages)
+    assert [reach(config, name) for name in stages] == [512, 512, 128]
+    config.init.seq_len = 1000
+    assert [reach(config, name) for name in stages] == [1000, 1000, 128]
 
 
 def test_the_chain_goes_on_from_stage_to_stage() -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from conf.errors import UserError
+from conf.inherit import reach
 from conf.schema import RopeConfig, TokenizerConfig
 from conf.validate import validate
 from data.prepare import prepare
@@ -54,8 +55,11 @@ def test_the_folder_fills_in_model_rope_and_tokenizer(kind: str, hf: Path, tmp_p
     assert (model.vocab_size, model.hidden_size, model.head_dim, model.norm_eps) == (400, 64, 16, 1e-6)
     rope = config.stages["extend"].rope
     assert (rope.kind, rope.theta, rope.factor) == ("default", 50_000.0, 1.0)
+    assert (config.init.seq_len, reach(config, "extend")) == (128, 32_768)
     assert config.data.tokenizer.path == str(hf if kind == "hf" else folder / "tokenizer")
-    set_by_stage = resolve(smoke(f"init.{kind}={folder}")).stages["extend"].rope
+    changed = resolve(smoke(f"init.{kind}={folder}"))
+    set_by_stage = changed.stages["extend"].rope
+    assert changed.init.seq_len == 0, "the folder's length is that of another RoPE"
     assert (set_by_stage.kind, set_by_stage.theta, set_by_stage.factor) == ("ntk", 50_000.0, 4.0)
 
 
