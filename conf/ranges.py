@@ -47,7 +47,7 @@ CHOICES: dict[tuple[type, str], tuple[str, ...]] = {
     (s.SyntheticConfig, "loss"): ("answer", "all"),
     (s.EngineConfig, "precision"): ("fp32", "bf16"),
     (s.EngineConfig, "checkpointing"): ("none", "full", "selective"),
-    (s.EngineConfig, "fused"): ("none", "liger", "compile", "triton"),
+    (s.EngineConfig, "fused"): ("none", "liger", "compile"),
     (s.EngineConfig, "loss"): ("auto", "fused", "tiled"),
     (s.LaunchConfig, "kind"): ("local", "hostfile", "slurm"),
     (s.GuardConfig, "nonfinite"): ("stop", "skip", "rollback"),
