@@ -18,6 +18,7 @@ KNOWN_STACK = {"combine": 64, "dkv": 64, "fused": 120, "merge": 24, "union": 120
 if not triton.__version__.startswith("3.6."):
     KNOWN_STACK |= {
         "combine": 112,
+        "dkv": 88,
         "union": 128,
     }  # Triton 3.7.1 assigns registers otherwise; not timed
 # Kernels in which ptxas waits for every matrix instruction, at 128 registers for two programs per multiprocessor,
