@@ -49,7 +49,7 @@ class States:
         if self.job.lean_optimizer:  # a whole fp32 gradient, into which bf16 ones go as they come
             take("gradients", 4 * count)
         elif stage == 3 and not job.engine.offload_optimizer:
-            take("gradients", (4 + 2) * share if size == 2 else 4 * share)
+            take("gradients", 4 * share)  # whatever the precision, since micro-batches add up in fp32
 
     def begin_backward(self) -> None:
         """ZeRO's own optimizers allocate the bucket into which gradients are copied for their reduction."""
