@@ -48,27 +48,16 @@ def _combine_kernel(
     STAGES: tl.constexpr,
 ):
     """Program = (ROWS tokens, query head): own block, then the partials in slot order."""
-    local = tl.program_id(0) % (num_heads * G)
-    first = first_token + tl.program_id(0) // (num_heads * G) * ROWS
-    head = first_head + local // G
-    g = local % G
-    token = first + tl.arange(0, ROWS)
-    live = token < num_tokens
+    head, g, first, token, live, row = steps.query_tile(num_tokens, H, first_head, num_heads, first_token, G, ROWS)
     d = tl.arange(0, D)
     n = tl.arange(0, KEYS)
-    row = token.to(tl.int64) * H + head * G + g
     q = tl.load(q_ptr + row[:, None] * D + d[None, :], mask=live[:, None], other=0.0)
     top = tl.full([ROWS], steps.LOW, tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     out = tl.zeros([ROWS, D], tl.float32)
 
-    # rows of one tile may lie in several blocks; keys that all of them see need no mask
     last = tl.minimum(first + ROWS, num_tokens) - 1
-    begin = first_key(tl.load(start_ptr + first))
-    plain_end = begin
-    if SPLIT:  # noqa: SIM102 - the outer one is decided by the compiler
-        if first_key(tl.load(start_ptr + last)) == begin:
-            plain_end = begin + ((first - begin) // KEYS) * KEYS
+    begin, plain_end = steps.own_range(start_ptr, first, last, KEYS, SPLIT)
     column = head * D
     start = tl.load(start_ptr + token, mask=live, other=0)
     depth = token - first_key(start)
@@ -79,17 +68,15 @@ def _combine_kernel(
             q, k, v, steps.inside_own(token, depth, j + n), scale_log2, top, total, out, True
         )
     if SPLIT:
-        for base in tl.range(begin, plain_end, 1 << 20):
-            for j in tl.range(base, tl.minimum(base + (1 << 20), plain_end), KEYS):
+        for far in tl.range(begin, plain_end, steps.FAR):
+            for j in tl.range(far, tl.minimum(far + steps.FAR, plain_end), KEYS):
                 k = k_desc.load([j, column])
                 v = v_desc.load([j, column])
                 top, total, out = steps.attend(q, k, v, True, scale_log2, top, total, out, False)
 
-    pair = (head - first_head).to(tl.int64) * pairs_per_head + ((token - first_token).to(tl.int64) * G + g) * K
-    live_past = live & (start >= 0)
-    bits = live.to(tl.int32)
-    if SLOTS > 0:
-        bits = steps.used_slots(ids_ptr, row, live_past, K, SLOTS)
+    pair, live_past, bits = steps.past_slots(
+        ids_ptr, row, live, start, token, g, head, first_head, first_token, pairs_per_head, K, G, SLOTS
+    )
     for s in tl.range(0, K, num_stages=AHEAD):
         used = steps.is_used(bits, ids_ptr, row, live_past, K, s, SLOTS)
         lse = tl.load(part_lse_ptr + pair + s, mask=used, other=float("-inf"))

@@ -48,15 +48,9 @@ def _merge_kernel(
     STAGES: tl.constexpr,
 ):
     """Program = (ROWS tokens, query head): dq of the own block plus the partials in slot order."""
-    local = tl.program_id(0) % (num_heads * G)
-    first = first_token + tl.program_id(0) // (num_heads * G) * ROWS
-    head = first_head + local // G
-    g = local % G
-    token = first + tl.arange(0, ROWS)
-    live = token < num_tokens
+    head, g, first, token, live, row = steps.query_tile(num_tokens, H, first_head, num_heads, first_token, G, ROWS)
     d = tl.arange(0, D)
     n = tl.arange(0, KEYS)
-    row = token.to(tl.int64) * H + head * G + g
     at = row[:, None] * D + d[None, :]
     q = tl.load(q_ptr + at, mask=live[:, None], other=0.0)
     dout = tl.load(dout_ptr + at, mask=live[:, None], other=0.0)
@@ -66,11 +60,7 @@ def _merge_kernel(
     depth = token - first_key(start)
     last = tl.minimum(first + ROWS, num_tokens) - 1
     dq = tl.zeros([ROWS, D], tl.float32)
-    begin = first_key(tl.load(start_ptr + first))
-    plain_end = begin
-    if SPLIT:  # noqa: SIM102 - the outer one is decided by the compiler
-        if first_key(tl.load(start_ptr + last)) == begin:
-            plain_end = begin + ((first - begin) // KEYS) * KEYS
+    begin, plain_end = steps.own_range(start_ptr, first, last, KEYS, SPLIT)
     for j in tl.range(plain_end, last + 1, KEYS, num_stages=1 if SPLIT else STAGES):
         k = k_desc.load([j, head * D])
         v = v_desc.load([j, head * D])
@@ -78,17 +68,15 @@ def _merge_kernel(
         ds = steps.query_gradient(q, dout, k, v, lse, delta, visible, scale_log2, True)
         dq = tl.dot(ds, k, dq, input_precision="ieee")
     if SPLIT:
-        for base in tl.range(begin, plain_end, 1 << 20):
-            for j in tl.range(base, tl.minimum(base + (1 << 20), plain_end), KEYS):
+        for far in tl.range(begin, plain_end, steps.FAR):
+            for j in tl.range(far, tl.minimum(far + steps.FAR, plain_end), KEYS):
                 k = k_desc.load([j, head * D])
                 v = v_desc.load([j, head * D])
                 ds = steps.query_gradient(q, dout, k, v, lse, delta, True, scale_log2, False)
                 dq = tl.dot(ds, k, dq, input_precision="ieee")
-    pair = (head - first_head).to(tl.int64) * pairs_per_head + ((token - first_token).to(tl.int64) * G + g) * K
-    live_past = live & (start >= 0)
-    bits = live.to(tl.int32)
-    if SLOTS > 0:
-        bits = steps.used_slots(ids_ptr, row, live_past, K, SLOTS)
+    pair, live_past, bits = steps.past_slots(
+        ids_ptr, row, live, start, token, g, head, first_head, first_token, pairs_per_head, K, G, SLOTS
+    )
     for s in tl.range(0, K, num_stages=AHEAD):
         used = steps.is_used(bits, ids_ptr, row, live_past, K, s, SLOTS)
         part = tl.load(part_ptr + (pair + s)[:, None] * D + d[None, :], mask=used[:, None], other=0.0)

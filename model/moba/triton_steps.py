@@ -11,8 +11,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from model.moba.triton_reach import first_key
+
 # Maximum of a row that has seen nothing yet: finite, so that exp2(-inf - top) is 0 and never inf - inf.
 LOW = tl.constexpr(-1.0e30)
+# Where two loops hand accumulators on, ptxas waits for every single matrix instruction of both (its note C7515),
+# unless the second lies in an outer loop, which steps so far that it runs once.
+FAR = tl.constexpr(1 << 20)
 
 
 @triton.jit
@@ -96,6 +101,45 @@ def list_block(block_start_ptr, lists, num_lists):
     """Key head (from the first of this pass) and first key of a list's block."""
     head = lists // num_lists
     return head, tl.load(block_start_ptr + lists - head * num_lists)
+
+
+@triton.jit
+def query_tile(num_tokens, H, first_head, num_heads, first_token, G: tl.constexpr, ROWS: tl.constexpr):
+    """This program's ROWS tokens of one query head: key head, place in its group, first and all tokens, rows."""
+    local = tl.program_id(0) % (num_heads * G)
+    first = first_token + tl.program_id(0) // (num_heads * G) * ROWS
+    head = first_head + local // G
+    g = local % G
+    token = first + tl.arange(0, ROWS)
+    return head, g, first, token, token < num_tokens, token.to(tl.int64) * H + head * G + g
+
+
+@triton.jit
+def own_range(start_ptr, first, last, KEYS: tl.constexpr, SPLIT: tl.constexpr):
+    """First key that tokens first .. last see without a list; with SPLIT also where the keys end that all see.
+
+    Tokens of one tile may lie in several blocks; then no keys count as seen by all.
+    """
+    begin = first_key(tl.load(start_ptr + first))
+    plain_end = begin
+    if SPLIT:  # noqa: SIM102 - the outer one is decided by the compiler
+        if first_key(tl.load(start_ptr + last)) == begin:
+            plain_end = begin + ((first - begin) // KEYS) * KEYS
+    return begin, plain_end
+
+
+@triton.jit
+def past_slots(
+    ids_ptr, row, live, start, token, g, head, first_head, first_token, pairs_per_head, K,
+    G: tl.constexpr, SLOTS: tl.constexpr,
+):  # fmt: skip
+    """Number of each row's first pair among the partials; which rows have pairs; bits of the slots in use."""
+    pair = (head - first_head).to(tl.int64) * pairs_per_head + ((token - first_token).to(tl.int64) * G + g) * K
+    live_past = live & (start >= 0)
+    bits = live.to(tl.int32)
+    if SLOTS > 0:
+        bits = used_slots(ids_ptr, row, live_past, K, SLOTS)
+    return pair, live_past, bits
 
 
 @triton.jit

@@ -70,6 +70,18 @@ def _start_of(block_start_ptr, base, bit):
 
 
 @triton.jit
+def _enter(word, block_start_ptr, base, block_size, ROWS: tl.constexpr):
+    """How many blocks of a word some row chose, and the state of `_advance` before the first of them."""
+    rest, blocks = _blocks_of(word, ROWS)
+    bit = _lowest_bit(rest)
+    key = _start_of(block_start_ptr, base, bit)
+    rest = rest & (rest - 1)
+    next_bit = _lowest_bit(rest)
+    next_start = _start_of(block_start_ptr, base, next_bit)
+    return blocks, bit, key, key + block_size, next_bit, next_start, rest & (rest - 1)
+
+
+@triton.jit
 def _advance(key, end, bit, next_bit, next_start, rest, block_start_ptr, base, block_size, KEYS: tl.constexpr):
     """One step on along the chosen blocks. The start of the block after the current one is always at hand."""
     key += KEYS
@@ -154,14 +166,9 @@ def _union_kernel(
     for group in tl.range(tl.load(first_block_ptr + first) >> 5, ((tl.load(own_block_ptr + last) - 1) >> 5) + 1):
         at = (head * planes + group % planes).to(tl.int64) * padded_tokens
         word = tl.load(word_ptr + at + token, mask=live, other=0)
-        rest, blocks = _blocks_of(word, ROWS)
-        bit = _lowest_bit(rest)
-        key = _start_of(block_start_ptr, group * 32, bit)
-        end = key + block_size
-        rest = rest & (rest - 1)
-        next_bit = _lowest_bit(rest)
-        next_start = _start_of(block_start_ptr, group * 32, next_bit)
-        rest = rest & (rest - 1)
+        blocks, bit, key, end, next_bit, next_start, rest = _enter(
+            word, block_start_ptr, group * 32, block_size, ROWS
+        )
         for _ in tl.range(0, blocks * per_block):
             k = k_desc.load([key, column])
             v = v_desc.load([key, column])

@@ -19,7 +19,7 @@ from model.moba.blocks import BlockTable
 from model.moba.triton_common import Tile
 from model.moba.triton_membership import Membership
 from model.moba.triton_sums import RowSums
-from model.moba.triton_union import _advance, _blocks_of, _lowest_bit, _start_of
+from model.moba.triton_union import _advance, _enter
 
 
 @triton.jit(do_not_specialize=["num_tokens", "padded_tokens", "H", "planes", "num_tiles"])
@@ -81,14 +81,9 @@ def _union_dq_kernel(
     for group in tl.range(tl.load(first_block_ptr + first) >> 5, ((tl.load(own_block_ptr + last) - 1) >> 5) + 1):
         place = (head * planes + group % planes).to(tl.int64) * padded_tokens
         word = tl.load(word_ptr + place + token, mask=live, other=0)
-        rest, blocks = _blocks_of(word, ROWS)
-        bit = _lowest_bit(rest)
-        key = _start_of(block_start_ptr, group * 32, bit)
-        end = key + block_size
-        rest = rest & (rest - 1)
-        next_bit = _lowest_bit(rest)
-        next_start = _start_of(block_start_ptr, group * 32, next_bit)
-        rest = rest & (rest - 1)
+        blocks, bit, key, end, next_bit, next_start, rest = _enter(
+            word, block_start_ptr, group * 32, block_size, ROWS
+        )
         for _ in tl.range(0, blocks * per_block):
             k = k_desc.load([key, column])
             v = v_desc.load([key, column])
