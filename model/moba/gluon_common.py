@@ -86,13 +86,18 @@ def partial_row(lists, entry, live, pair_ptr, num_lists, pair_base, pairs_per_he
     return gl.where(live, (base + gl.load(pair_ptr + entry, mask=live, other=0)).to(gl.int32), -1)
 
 
+@gluon.constexpr_function
+def row_layout(dim, warps):
+    """Layout of half-precision rows [rows, dim] in 16-byte pieces, neighbouring threads along a row."""
+    return gl.BlockedLayout([1, 8], [256 // dim, dim // 8], [warps, 1], [1, 0])
+
+
 @gluon.jit
-def copy_rows(x_ptr, row, buf, D: gl.constexpr, WARPS: gl.constexpr):
-    """Starts copies of 64 gathered rows into a buffer [64, D]; `row` [64] in any layout."""
-    lay: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [WARPS, 1], [1, 0])
-    at = gl.convert_layout(row, gl.SliceLayout(1, lay)).to(gl.int64) * D
+def copy_rows(x_ptr, row, buf, D: gl.constexpr, LAY: gl.constexpr):
+    """Starts copies of 64 gathered rows into a buffer [64, D]; `row` [64] is a slice of the layout LAY."""
+    at = row.to(gl.int64) * D
     async_copy.async_copy_global_to_shared(
-        buf, x_ptr + at[:, None] + gl.arange(0, D, gl.SliceLayout(0, lay))[None, :]
+        buf, x_ptr + at[:, None] + gl.arange(0, D, gl.SliceLayout(0, LAY))[None, :]
     )
 
 
@@ -124,7 +129,7 @@ def barriers(NUM: gl.constexpr, COUNT: gl.constexpr):
 @gluon.jit
 def store_rows(x, buf, to_buf, part_ptr, D: gl.constexpr):
     """Rows x [64, D] of one consumer to the rows of `part` named in to_buf, through `buf` for whole sectors."""
-    lay: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
+    lay: gl.constexpr = row_layout(D, 4)
     buf.store(x)
     to = to_buf.load(gl.SliceLayout(1, lay))
     thread_barrier()

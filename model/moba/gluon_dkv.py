@@ -111,10 +111,10 @@ def _pieces(buf, D: gl.constexpr):
 )
 def _dkv_kernel(
     q_ptr, dout_ptr, k_desc, v_desc, lse_ptr, delta_ptr, list_lse_ptr, list_delta_ptr, row_ptr, offset_ptr,
-    count_ptr, extra_ptr, num_extra_ptr, slot_ptr, block_start_ptr, block_len_ptr, piece_ptr, dk_ptr, dv_ptr,
-    scale_log2, softmax_scale, H, num_kv_heads, first_head, num_heads, num_lists, num_subs, block_size, max_extra,
-    segment, G: gl.constexpr, ROWS: gl.constexpr, D: gl.constexpr, SPLIT: gl.constexpr, STAGES: gl.constexpr,
-    WARPS: gl.constexpr, MANY: gl.constexpr, FEW: gl.constexpr,
+    count_ptr, extra_ptr, num_extra_ptr, slot_ptr, block_start_ptr, block_len_ptr, reach_end_ptr, piece_ptr,
+    dk_ptr, dv_ptr, scale_log2, softmax_scale, H, num_kv_heads, first_head, num_heads, num_lists, num_subs,
+    block_size, max_extra, segment, G: gl.constexpr, ROWS: gl.constexpr, D: gl.constexpr, SPLIT: gl.constexpr,
+    STAGES: gl.constexpr, WARPS: gl.constexpr, MANY: gl.constexpr, FEW: gl.constexpr,
 ):  # fmt: skip
     """Program = (block, key head, 128 of its keys), or one more segment of a long list, as in `triton_dkv`.
 
@@ -130,7 +130,8 @@ def _dkv_kernel(
     if SPLIT:
         count = gl.minimum(count, begin + segment)
     count = gl.where(end > 0, count, begin)
-    own = gl.where((begin == 0) & (end > 0), (end - first_key + (ROWS - 1)) // ROWS * G, 0)
+    seen = gl.load(reach_end_ptr + block)
+    own = gl.where((begin == 0) & (end > 0), (seen - first_key + (ROWS - 1)) // ROWS * G, 0)
     steps = (count - begin + (ROWS - 1)) // ROWS
 
     dtype: gl.constexpr = k_desc.dtype
@@ -159,7 +160,7 @@ def _dkv_kernel(
                     scale_log2, G, ROWS, D, STAGES, 1)),
             (rows.gather, (q_ptr, dout_ptr, q_buf, dout_buf, lse_buf, delta_buf, full, empty, row_ptr + offset,
                            list_lse_ptr + offset, list_delta_ptr + offset, lse_ptr, delta_ptr, begin, count, steps,
-                           own, first_key, end, head, H, G, ROWS, D, STAGES, WARPS)),
+                           own, first_key, seen, head, H, G, ROWS, D, STAGES, WARPS)),
         ],
         [4, WARPS],
         [MANY, FEW],

@@ -15,6 +15,7 @@ from model.moba.gluon_dkv import WORK, _dkv_kernel, constants
 from model.moba.triton_common import LOG2E, ceil_div
 from model.moba.triton_lists import Lists
 from model.moba.triton_pieces import sum_pieces
+from model.moba.triton_reach import Reach
 from model.moba.triton_sums import RowSums
 
 _SUM_KEYS = 32  # keys per program that adds up the pieces of a long list
@@ -30,6 +31,7 @@ def dkv(
     list_lse: Tensor,
     list_delta: Tensor,
     table: BlockTable,
+    reach: Reach,
     dk_THD: Tensor,
     dv_THD: Tensor,
     heads: range,
@@ -64,6 +66,7 @@ def dkv(
         spare if cut is None else cut.slot,
         table.block_start,
         table.block_len,
+        reach.end,
         piece,
         dk_THD,
         dv_THD,

@@ -43,51 +43,56 @@ def share(
 
 
 @gluon.jit
-def _fetch(
-    i, row_ptr, list_lse_ptr, list_delta_ptr, lse_ptr, delta_ptr, begin, count, steps, first_key, end, head, H,
-    G: gl.constexpr, ROWS: gl.constexpr, WARPS: gl.constexpr,
+def _put(
+    q_ptr, dout_ptr, row, lse, delta, q_buf, dout_buf, lse_buf, delta_buf, full, empty, step, D: gl.constexpr,
+    STAGES: gl.constexpr, LAY: gl.constexpr,
 ):  # fmt: skip
-    """Row ids, lse and delta of step i; rows that do not exist get lse = infinity, hence p = 0."""
-    r = gl.arange(0, ROWS, gl.BlockedLayout([1], [32], [WARPS], [0]))
-    entry = begin + i * ROWS + r
-    listed = (entry < count) & (i < steps)
-    token = first_key + (i - steps) // G * ROWS + r
-    own = (token < end) & (i >= steps)
-    own_row = gl.minimum(gl.maximum(token, 0), end - 1) * H + head * G + (i - steps) % G
-    row = gl.where(own, own_row, gl.load(row_ptr + entry, mask=listed, other=0))
-    lse = gl.where(
-        own,
-        gl.load(lse_ptr + own_row, mask=own, other=0.0),
-        gl.load(list_lse_ptr + entry, mask=listed, other=float("inf")),
-    )
-    delta = gl.load(list_delta_ptr + entry, mask=listed, other=0.0)
-    return row, lse, gl.where(own, gl.load(delta_ptr + own_row, mask=own, other=0.0), delta)
+    """Starts the copies of one step, and announces the step before, whose copies have arrived by now."""
+    slot = step % STAGES
+    mbarrier.wait(empty.index(slot), ((step // STAGES) & 1) ^ 1)
+    common.copy_rows(q_ptr, row, q_buf.index(slot), D, LAY)
+    common.copy_rows(dout_ptr, row, dout_buf.index(slot), D, LAY)
+    async_copy.commit_group()
+    lse_buf.index(slot).store(lse)
+    delta_buf.index(slot).store(delta)
+    if step > 0:
+        common.announce(full.index((step - 1) % STAGES), 1)
 
 
 @gluon.jit
 def gather(
     q_ptr, dout_ptr, q_buf, dout_buf, lse_buf, delta_buf, full, empty, row_ptr, list_lse_ptr, list_delta_ptr,
-    lse_ptr, delta_ptr, begin, count, steps, own, first_key, end, head, H, G: gl.constexpr, ROWS: gl.constexpr,
+    lse_ptr, delta_ptr, begin, count, steps, own, first_key, seen, head, H, G: gl.constexpr, ROWS: gl.constexpr,
     D: gl.constexpr, STAGES: gl.constexpr, WARPS: gl.constexpr,
 ):  # fmt: skip
-    """Row ids are fetched a step ahead of the copies; a step is announced once the next one is on its way."""
-    row, lse, delta = _fetch(
-        0, row_ptr, list_lse_ptr, list_delta_ptr, lse_ptr, delta_ptr, begin, count, steps, first_key, end, head, H,
-        G, ROWS, WARPS,
-    )  # fmt: skip
-    for i in range(0, steps + own):
-        slot = i % STAGES
-        mbarrier.wait(empty.index(slot), ((i // STAGES) & 1) ^ 1)
-        common.copy_rows(q_ptr, row, q_buf.index(slot), D, WARPS)
-        common.copy_rows(dout_ptr, row, dout_buf.index(slot), D, WARPS)
-        async_copy.commit_group()
-        lse_buf.index(slot).store(lse)
-        delta_buf.index(slot).store(delta)
-        row, lse, delta = _fetch(
-            i + 1, row_ptr, list_lse_ptr, list_delta_ptr, lse_ptr, delta_ptr, begin, count, steps, first_key, end,
-            head, H, G, ROWS, WARPS,
-        )  # fmt: skip
-        if i > 0:
-            common.announce(full.index((i - 1) % STAGES), 1)
+    """Rows of the list, then those that see the keys without one (tokens first_key to seen - 1). Rows that do not
+    exist get lse = infinity, hence p = 0.
+
+    What a step needs from memory before its copies can start is loaded a step ahead.
+    """
+    LAY: gl.constexpr = common.row_layout(D, WARPS)
+    r = gl.arange(0, ROWS, gl.SliceLayout(1, LAY))
+    n = gl.arange(0, ROWS, gl.BlockedLayout([1], [32], [WARPS], [0]))
+    row = gl.load(row_ptr + begin + r, mask=begin + r < count, other=0)
+    lse = gl.load(list_lse_ptr + begin + n, mask=begin + n < count, other=float("inf"))
+    delta = gl.load(list_delta_ptr + begin + n, mask=begin + n < count, other=0.0)
+    for step in range(0, steps):
+        _put(q_ptr, dout_ptr, row, lse, delta, q_buf, dout_buf, lse_buf, delta_buf, full, empty, step, D, STAGES,
+             LAY)  # fmt: skip
+        i = begin + (step + 1) * ROWS
+        row = gl.load(row_ptr + i + r, mask=i + r < count, other=0)
+        lse = gl.load(list_lse_ptr + i + n, mask=i + n < count, other=float("inf"))
+        delta = gl.load(list_delta_ptr + i + n, mask=i + n < count, other=0.0)
+    at = gl.minimum(first_key + n, seen - 1) * H + head * G
+    lse = gl.load(lse_ptr + at, mask=(own > 0) & (first_key + n < seen), other=float("inf"))
+    delta = gl.load(delta_ptr + at, mask=(own > 0) & (first_key + n < seen), other=0.0)
+    for i in range(0, own):
+        row = gl.minimum(first_key + i // G * ROWS + r, seen - 1) * H + head * G + i % G
+        _put(q_ptr, dout_ptr, row, lse, delta, q_buf, dout_buf, lse_buf, delta_buf, full, empty, steps + i, D,
+             STAGES, LAY)  # fmt: skip
+        token = first_key + (i + 1) // G * ROWS + n
+        at = gl.minimum(token, seen - 1) * H + head * G + (i + 1) % G
+        lse = gl.load(lse_ptr + at, mask=token < seen, other=float("inf"))
+        delta = gl.load(delta_ptr + at, mask=token < seen, other=0.0)
     if steps + own > 0:
         common.announce(full.index((steps + own - 1) % STAGES), 0)

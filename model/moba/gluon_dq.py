@@ -37,6 +37,7 @@ def _gather(
     D: gl.constexpr, WARPS: gl.constexpr,
 ):  # fmt: skip
     """Rows of q and dout of the tiles, lse and delta (copied into list order too), and where results go."""
+    LAY: gl.constexpr = common.row_layout(D, WARPS)
     num = 0
     for tile in range(gl.program_id(0), num_tiles, gl.num_programs(0)):
         for half in gl.static_range(2):
@@ -47,8 +48,9 @@ def _gather(
             gl.store(list_lse_ptr + entry, lse, mask=live)
             gl.store(list_delta_ptr + entry, delta, mask=live)
             mbarrier.wait(empty.index(half), (num & 1) ^ 1)
-            common.copy_rows(q_ptr, row, q_buf.index(half), D, WARPS)
-            common.copy_rows(dout_ptr, row, dout_buf.index(half), D, WARPS)
+            row = gl.convert_layout(row, gl.SliceLayout(1, LAY))
+            common.copy_rows(q_ptr, row, q_buf.index(half), D, LAY)
+            common.copy_rows(dout_ptr, row, dout_buf.index(half), D, LAY)
             async_copy.commit_group()
             lse_buf.index(half).store(lse)
             delta_buf.index(half).store(delta)

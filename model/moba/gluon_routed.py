@@ -37,14 +37,16 @@ def _gather(
     pairs_per_head, D: gl.constexpr, BUFFERS: gl.constexpr, WARPS: gl.constexpr,
 ):  # fmt: skip
     """Query rows of the tiles, a tile ahead, and where their results go."""
+    LAY: gl.constexpr = common.row_layout(D, WARPS)
     num = 0
     for tile in range(gl.program_id(0), num_tiles, gl.num_programs(0)):
         for half in gl.static_range(2):
             slot = num % BUFFERS * 2 + half
             lists, entry, live, row = common.tile_rows(tile_ptr, tile, row_ptr, half, WARPS)
             to = common.partial_row(lists, entry, live, pair_ptr, num_lists, pair_base, pairs_per_head)
+            row = gl.convert_layout(row, gl.SliceLayout(1, LAY))
             mbarrier.wait(q_empty.index(slot), ((num // BUFFERS) & 1) ^ 1)
-            common.copy_rows(q_ptr, row, q_buf.index(slot), D, WARPS)
+            common.copy_rows(q_ptr, row, q_buf.index(slot), D, LAY)
             async_copy.commit_group()
             to_buf.index(slot).store(to)
             common.announce(q_full.index(slot), 0)
