@@ -104,8 +104,13 @@ def tiles_for(head_dim: int, block_size: int, num_blocks: int) -> Tiles:
             merge_split=head_dim > 16,
             reach=True,
         )
-    gate = Tile(rows=64, keys=32 if num_blocks <= 80 else 64, warps=4, stages=1)
-    return _covered(head_dim, gate, whole) if whole <= 128 else _streamed(head_dim, gate, block_size)
+    gate = _gate(num_blocks)
+    return _covered(head_dim, gate, whole) if whole <= 128 else _streamed(head_dim, gate, block_size, num_blocks)
+
+
+def _gate(num_blocks: int) -> Tile:
+    rows, warps = 64, 4
+    return Tile(rows, keys=32 if num_blocks <= 80 else 64, warps=warps, stages=1)
 
 
 def _covered(head_dim: int, gate: Tile, whole: int) -> Tiles:
@@ -131,16 +136,17 @@ def _covered(head_dim: int, gate: Tile, whole: int) -> Tiles:
     )
 
 
-def _streamed(head_dim: int, gate: Tile, block_size: int) -> Tiles:
+def _streamed(head_dim: int, gate: Tile, block_size: int, num_blocks: int) -> Tiles:
     """Larger blocks: keys stream past a tile of rows, or rows past a tile of keys."""
     if head_dim <= 64:
         return Tiles(
             gate=gate,
             routed=Tile(64, 64, 4, 2, 128),
-            combine=Tile(64, 64, 4, 2, 128),
+            combine=Tile(64, 64, 4, 2, 0 if num_blocks <= 64 else 128),  # few blocks: long runs without a list
             dq=Tile(128, 64, 8, 3, 128),
             dkv=Tile(64, 64, 4, 3, 168),
             merge=Tile(64, 64, 4, 2, 128),
+            merge_split=True,
             stationary=False,
             stationary_dq=False,
             reach=True,
@@ -149,7 +155,7 @@ def _streamed(head_dim: int, gate: Tile, block_size: int) -> Tiles:
     return Tiles(
         gate=gate,
         routed=Tile(128, 64, 8, 2, 128),
-        combine=Tile(64, 64, 4, 1, 168 if short else 128),
+        combine=Tile(128, 64, 8, 3) if block_size >= 4096 else Tile(64, 64, 4, 1, 168 if short else 128),
         dq=Tile(128, 32, 8, 3, 128) if block_size <= 2048 else Tile(128, 64, 8, 3),
         dkv=Tile(64, 128, 8, 3),
         merge=Tile(64, 32, 4, 2, 168) if short else Tile(64, 64, 4, 2),
