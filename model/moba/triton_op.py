@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from model.moba import triton_common as common
 from model.moba.blocks import BlockTable
-from model.moba.hopper import dkv, dq_partials, routed, tiles_for
+from model.moba.hopper import dkv, dq_partials, routed
 from model.moba.triton_combine import combine
 from model.moba.triton_cuts import Cuts, segment_length
 from model.moba.triton_lists import Lists, build_lists
@@ -117,7 +117,7 @@ def forward_pass(
     """out [T, H, D], lse2 fp32 [T, H], and the lists of every pass if keeping them is cheap, else []."""
     T, H, D = q_THD.shape
     Hkv, K = k_THD.shape[1], block_ids.shape[-1]
-    plan, tiles = _plan(q_THD, k_THD, K, budget), tiles_for(D, table.block_size, table.block_start.numel())
+    plan, tiles = _plan(q_THD, k_THD, K, budget), common.tiles_for(D, table.block_size, table.block_start.numel())
     out = torch.empty((T, H, D), dtype=q_THD.dtype, device=q_THD.device)
     lse = torch.empty((T, H), dtype=torch.float32, device=q_THD.device)
     scale_log2 = softmax_scale * common.LOG2E
@@ -158,7 +158,7 @@ def backward_pass(
     """dq, dk, dv in the shapes and dtypes of q, k, v."""
     T, H, D = q_THD.shape
     Hkv, K = k_THD.shape[1], block_ids.shape[-1]
-    plan, tiles = _plan(q_THD, k_THD, K, budget), tiles_for(D, table.block_size, table.block_start.numel())
+    plan, tiles = _plan(q_THD, k_THD, K, budget), common.tiles_for(D, table.block_size, table.block_start.numel())
     sums = RowSums(out_THD, dout_THD, lse_TH)
     dq, dk, dv = torch.empty_like(q_THD), torch.empty_like(k_THD), torch.empty_like(v_THD)
     scale_log2 = softmax_scale * common.LOG2E

@@ -78,5 +78,6 @@ if __name__ == "__main__":
         ("routed", gluon_routed._routed_kernel, gluon_routed.constants(128), keys, gluon_routed.WORK),
         ("dq", gluon_dq._dq_kernel, gluon_dq.constants(128), gluon_dq.WORK.step, gluon_dq.WORK),
         ("dkv", gluon_dkv._dkv_kernel, gluon_dkv.constants(128, 4, True), half, gluon_dkv.WORK),
+        ("dkv64", gluon_dkv._dkv_kernel, gluon_dkv.constants(64, 4, True), half, gluon_dkv.WORK),
     ):
         print(json.dumps(examine(*job)), flush=True)

@@ -1,9 +1,11 @@
-"""Which kernels run the routed passes. Whether both compute the same: test_gluon_gpu.py."""
+"""Which kernels run the passes over lists. Whether both compute the same: test_gluon_gpu.py."""
 
 import pytest
 
 pytest.importorskip("triton")
 from model.moba import hopper
+
+PASSES = ("routed", "dq", "dkv")
 
 
 @pytest.fixture
@@ -11,18 +13,21 @@ def usable(monkeypatch):
     monkeypatch.setattr(hopper, "_unusable", lambda: None)
 
 
-def test_specialised_kernels_where_they_were_measured(usable):
-    assert hopper.refusal(128, 256) is None and hopper.refusal(128, 4096) is None
-    assert hopper.explain(128, 4096) == "warp-specialised kernels for Hopper"
+def _specialised(head_dim, block_size):
+    return tuple(which for which in PASSES if hopper.refusal(head_dim, block_size, which) is None)
 
 
-@pytest.mark.parametrize(
-    ("head_dim", "block_size", "why"),
-    [(64, 512, "head_dim 64"), (128, 128, "block_size 128"), (128, 1040, "block_size 1040")],
-)
-def test_the_twins_elsewhere_and_why(usable, head_dim, block_size, why):
-    assert why in str(hopper.refusal(head_dim, block_size))
-    assert hopper.explain(head_dim, block_size).startswith("Triton kernels: ")
+def test_specialised_kernels_where_they_were_measured_to_win(usable):
+    assert _specialised(128, 256) == _specialised(128, 4096) == PASSES
+    assert _specialised(64, 512) == ("dkv",)
+    assert hopper.explain(128, 4096) == "warp-specialised: routed, dq, dkv; Triton: none"
+    assert hopper.explain(64, 512) == "warp-specialised: dkv; Triton: routed: head_dim 64, dq: head_dim 64"
+
+
+@pytest.mark.parametrize("block_size", [128, 1040])
+def test_the_twins_elsewhere_and_why(usable, block_size):
+    assert _specialised(128, block_size) == _specialised(64, block_size) == ()
+    assert f"blocks of {block_size} are" in hopper.explain(128, block_size)
 
 
 @pytest.mark.parametrize(("version", "runs"), [("3.6.0", True), ("3.7.1", False), ("3.60.0", False)])
@@ -42,5 +47,15 @@ def test_the_twins_alone_inside_the_context_only(usable):
     with hopper.twins_only():
         with hopper.twins_only():
             pass
-        assert hopper.refusal(128, 512) == "switched off"
-    assert hopper.refusal(128, 512) is None
+        assert _specialised(128, 512) == ()
+    assert _specialised(128, 512) == PASSES
+
+
+def test_what_runs_is_said_once(usable, caplog):
+    hopper._say.cache_clear()
+    with caplog.at_level("INFO"):
+        for which in PASSES * 2:
+            hopper._specialised(128, 768, which)
+    assert [r.getMessage() for r in caplog.records] == [
+        "MoBA kernels, head_dim 128, blocks of 768: warp-specialised: routed, dq, dkv; Triton: none"
+    ]
