@@ -155,7 +155,8 @@ def _run_text(plan: Plan, config: StudyConfig, results: Sequence[Json]) -> str:
     text = (
         f"{len(done)} arms on {places}; commits {commits}; {dates}. Every arm that finished is below. Errors "
         "behind ± of a mean are standard errors over seeds; differences are taken document by document. Tokens "
-        "are those of the arm's own training, its start not counted. Device seconds are the sum of the steps; "
+        "are those of the arm's own training, its start not counted. Device seconds: of the steps, each as "
+        "long as the median one where that was kept; "
         "arms of a study that ran side by side (column), and studies that ran at the same time, shared the GPU: "
         "their seconds compare with nothing."
     )
@@ -186,7 +187,7 @@ def _arms_table(results: Sequence[Json]) -> str:
     rows = []
     for result in results:
         steps = result["train"]["steps"]
-        seconds = "; ".join(f"{stage} {value:.1f}" for stage, value in result["train"]["step_seconds"].items())
+        seconds = "; ".join(f"{stage} {value:.1f}" for stage, value in _seconds(result["train"]).items())
         plans = "; ".join(dict.fromkeys(f"{text} @ {result['train']['stages'][stage]['seq_len']:,}"
                                         for stage, text in result["train"]["plans"]))  # fmt: skip
         loss = "–"
@@ -207,6 +208,11 @@ def _arms_table(results: Sequence[Json]) -> str:
         "held-out loss",
     ]
     return _table([*titles, "device seconds", "side by side"], rows)
+
+
+def _seconds(train: Json) -> dict[str, float]:
+    """By stage: its steps times the median step, or what they took in all where that was not kept."""
+    return dict(train.get("median_seconds") or train["step_seconds"])
 
 
 def _last_tenth(steps: list[list[Any]]) -> float:

@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from conf.constants import EXIT_REQUEUE, EXIT_USER_ERROR
@@ -116,17 +117,21 @@ def _filled_loss(at: LossAt, values: Json) -> LossAt:
 
 
 def _training(rows: list[Json]) -> Json:
-    """The steps as columns, and the device's seconds in them by stage."""
-    seconds: dict[str, float] = {}
+    """The steps as columns, and the device's seconds in them by stage: as they were, and with the median step's.
+
+    First steps compile kernels, and what else runs on the device makes some wait: the median leaves both out.
+    """
+    taken: dict[str, list[float]] = {}
     before, steps = 0, []
     for row in rows:
         tokens, before = row["tokens"] - before, row["tokens"]
-        seconds[row["stage"]] = seconds.get(row["stage"], 0.0) + tokens / row["tokens_per_s"]
+        taken.setdefault(row["stage"], []).append(tokens / row["tokens_per_s"])
         steps.append([row["tokens"], round(row["loss"], 5), _rounded(row.get("trailing_loss"))])
     stages = {row["stage"]: {"seq_len": row["seq_len"], "tokens": row["tokens"]} for row in rows}
     plans = list(dict.fromkeys((row["stage"], row["plan"]) for row in rows))
     return {"columns": ["tokens", "loss", "trailing_loss"], "steps": steps, "stages": stages,
-            "plans": plans, "step_seconds": seconds}  # fmt: skip
+            "plans": plans, "step_seconds": {stage: sum(each) for stage, each in taken.items()},
+            "median_seconds": {stage: median(each) * len(each) for stage, each in taken.items()}}  # fmt: skip
 
 
 def _rounded(value: float | None) -> float | None:
