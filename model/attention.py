@@ -24,7 +24,7 @@ from model.layers import RMSNorm
 from model.moba import attend_blocks, moba_attention
 from model.moba.choosers import choose
 from model.parallel_generation import all_heads, own_heads
-from model.products import Branches, Linear
+from model.products import Branches, Joint, Linear
 from model.recompute import Choices
 from model.schedule import LayerPlan
 from model.shapes import head_dim
@@ -54,7 +54,8 @@ class Attention(nn.Module):
     def __init__(self, config: ModelConfig, layer: int, backend: str, execution: Execution = PLAIN) -> None:
         super().__init__()
         self.layer, self.backend = layer, backend
-        self.parallel, self.rope = execution.parallel, execution.pieces.rope
+        self.parallel, self.pieces = execution.parallel, execution.pieces
+        self.heads = config.num_heads, config.num_kv_heads
         self.head_dim = head_dim(config)
         q_out, kv_out = config.num_heads * self.head_dim, config.num_kv_heads * self.head_dim
         self.q_proj = Linear(config.hidden_size, q_out, bias=config.qkv_bias)
@@ -66,6 +67,9 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(self.head_dim, config.norm_eps, execution) if config.qk_norm else None
         conv = config.key_conv
         self.key_conv = KeyConv(config.num_kv_heads, self.head_dim, conv) if conv else None
+        # Nothing may stand between projection and RoPE.
+        joint = execution.pieces.joint and not (config.qkv_bias or config.qk_norm or conv)
+        self.qkv_proj = Joint(self.q_proj, self.k_proj, self.v_proj) if joint else None
 
     def forward(
         self,
@@ -120,13 +124,15 @@ class Attention(nn.Module):
 
     def _qkv(self, x: Tensor, packed: Packed, cache: KVCache | None) -> tuple[Tensor, Tensor, Tensor]:
         """q [T, H, D] and k, v [T, Hkv, D]; q and k normalised and rotated."""
+        if self.qkv_proj is not None and self.qkv_proj.is_joined:
+            return self.pieces.split_rope(self.qkv_proj(x), packed.cos, packed.sin, *self.heads)
         heads = (packed.cos.shape[0], -1, self.head_dim)
         q, k, v = (projected.view(heads) for projected in self.qkv(x))
         if self.key_conv is not None:
             k = self._convolve(self.key_conv, k, packed, cache)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        return *self.rope(q, k, packed.cos, packed.sin), v
+        return *self.pieces.rope(q, k, packed.cos, packed.sin), v
 
     def _convolve(self, conv: KeyConv, k: Tensor, packed: Packed, cache: KVCache | None) -> Tensor:
         """The key convolution; in decode, over the keys the cache remembers from before it."""

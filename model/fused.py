@@ -51,15 +51,28 @@ def rope(q_THD: Tensor, k_THD: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor
     return apply_rope(q_THD, cos, sin), apply_rope(k_THD, cos, sin)
 
 
+def split_rope(
+    joint: Tensor, cos: Tensor, sin: Tensor, heads: int, kv_heads: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """A joint projection [..., (H + 2 Hkv) D] to q [T, H, D], k and v [T, Hkv, D], q and k rotated."""
+    q, k, v = joint.view(cos.shape[0], heads + 2 * kv_heads, -1).split([heads, kv_heads, kv_heads], dim=1)
+    return *rope(q, k, cos, sin), v.clone(memory_format=torch.contiguous_format)
+
+
 @dataclass(frozen=True)
 class Pieces:
-    """One implementation of each; signatures and meaning as the functions above."""
+    """One implementation of each; signatures and meaning as the functions above.
+
+    `joint`: q, k, v come as one projection where their weights lie side by side.
+    """
 
     rms_norm: Callable[[Tensor, Tensor, float], Tensor] = rms_norm
     add_norm: Callable[[Tensor, Tensor | None, Tensor, float], tuple[Tensor, Tensor]] = add_norm
     silu_mul: Callable[[Tensor, Tensor], Tensor] = silu_mul
     silu_mul_gradients: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]] = silu_mul_gradients
     rope: Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]] = rope
+    split_rope: Callable[[Tensor, Tensor, Tensor, int, int], tuple[Tensor, Tensor, Tensor]] = split_rope
+    joint: bool = False
 
 
 PLAIN = Pieces()
@@ -132,10 +145,18 @@ def _compiled(device: torch.device) -> Pieces:
     def rotate_both(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         return rotate_one(q, cos, sin), rotate_one(k, cos, sin)
 
+    def split_and_rotate(
+        joint: Tensor, cos: Tensor, sin: Tensor, heads: int, kv_heads: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = joint.view(cos.shape[0], heads + 2 * kv_heads, -1).split([heads, kv_heads, kv_heads], dim=1)
+        return *rotate_both(q, k, cos, sin), v.clone(memory_format=torch.contiguous_format)
+
     return Pieces(
         torch.compile(rms_norm),
         torch.compile(add_norm),
         torch.compile(silu_mul),
         torch.compile(silu_mul_gradients),
         torch.compile(rotate_both),
+        torch.compile(split_and_rotate),
+        joint=True,
     )

@@ -1,7 +1,8 @@
 """Matrix products whose sum is kept in fp32 whatever the dtype of the factors.
 
 A weight may carry a `GradientSum`: then backward adds its gradient there, inside the product on a GPU, and leaves
-nothing in `grad`. (Megatron-LM calls this gradient accumulation fusion.)
+nothing in `grad`. (Megatron-LM calls this gradient accumulation fusion.) Weights that lie side by side, and their
+sums, can be multiplied as one (`Joint`).
 
 Shape legend: N tokens, M outputs, C inputs.
 """
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 
 class GradientSum(Protocol):
-    """Where the gradient of a weight adds up over a step."""
+    """Where the gradient of a weight, or of several that lie side by side, adds up over a step."""
 
     @property
     def total(self) -> Tensor:
@@ -89,6 +90,35 @@ class Branches(nn.Module):
             return tuple(part(x) for part in self._parts)
         outs: tuple[Tensor, ...] = _Products.apply(x, weights[0], weights, sums)
         return outs
+
+
+class Joint(nn.Module):
+    """Projections of one input as one product, once `join` was given their weights as one matrix."""
+
+    def __init__(self, *parts: Linear) -> None:
+        super().__init__()
+        self._parts = parts
+        self._joined: tuple[Tensor, GradientSum] | None = None
+
+    @property
+    def weights(self) -> list[Tensor]:
+        return [part.weight for part in self._parts]
+
+    @property
+    def is_joined(self) -> bool:
+        return self._joined is not None
+
+    def join(self, weight_MC: Tensor, into: GradientSum) -> None:
+        """`weight_MC`: the memory of the parts' weights, in their order; `into`: of their gradients' sums."""
+        self._joined = weight_MC, into
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., C] to the outputs of all parts, one behind the other [..., M]."""
+        if self._joined is None:
+            raise RuntimeError("the projections have not been joined")
+        weight_MC, into = self._joined
+        (out,) = _Products.apply(x, self._parts[0].weight, [weight_MC], [into])
+        return cast(Tensor, out)
 
 
 class _Products(torch.autograd.Function):

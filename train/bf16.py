@@ -11,6 +11,7 @@ over everything (`train.triton_adamw`). What it holds and computes stays the sam
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 
 from model.embedding import Embedding
 from model.loss import LMHead
-from model.products import Linear, place_gradient
+from model.products import Joint, Linear, place_gradient
 from train.optim import GuardedAdamW
 
 
@@ -37,34 +38,53 @@ def make_lean(engine: Any) -> None:
 
 
 class GradientShare:
-    """The part of the optimizer's fp32 gradients that belongs to one parameter, as `model.products` fills it."""
+    """The part of the optimizer's fp32 gradients that belongs to some parameters, which lie side by side."""
 
-    def __init__(self, optimizer: Any, group: int, index: int, shape: torch.Size) -> None:
-        self._optimizer, self._group, self._index = optimizer, group, index
-        self.total: Tensor = optimizer.fp32_groups_gradients[group][index].view(shape)
+    def __init__(self, optimizer: Any, places: Sequence[tuple[int, int]], total: Tensor) -> None:
+        self._optimizer, self._places, self.total = optimizer, places, total
 
     def begin(self) -> bool:
         """As `model.products.GradientSum` has it."""
-        present = self._optimizer.fp32_groups_has_gradients[self._group]
-        first, present[self._index] = not present[self._index], True
-        return first
+        present = self._optimizer.fp32_groups_has_gradients
+        known = [present[group][index] for group, index in self._places]
+        for (group, index), there in zip(self._places, known, strict=True):
+            if any(known) and not there:
+                self._optimizer.fp32_groups_gradients[group][index].zero_()
+            present[group][index] = True
+        return not any(known)
 
 
 def _sum_in_products(model: nn.Module, optimizer: Any) -> None:
-    """Give projections the place of their gradients.
+    """Give projections the place of their gradients, and joint ones the place of their weights.
 
     Embedding and head have one on a GPU only: elsewhere nothing is gained, and their sums stay PyTorch's own.
     """
     kinds = (Linear, Embedding, LMHead) if optimizer.fp32_groups_flat_partition[0].is_cuda else (Linear,)
-    places = {
-        param: (group, index)
-        for group, params in enumerate(optimizer.bf16_groups)
-        for index, param in enumerate(params)
-    }
+    places, totals = {}, {}
+    for group, params in enumerate(optimizer.bf16_groups):
+        for index, param in enumerate(params):
+            places[param] = (group, index)
+            totals[param] = optimizer.fp32_groups_gradients[group][index].view(param.shape)
     for module in model.modules():
         if isinstance(module, kinds) and module.weight in places:
             weight = module.weight
-            place_gradient(weight, GradientShare(optimizer, *places[weight], weight.shape))
+            place_gradient(weight, GradientShare(optimizer, [places[weight]], totals[weight]))
+        if isinstance(module, Joint) and all(weight in places for weight in module.weights):
+            joined = [_as_one(module.weights), _as_one([totals[weight] for weight in module.weights])]
+            if joined[0] is not None and joined[1] is not None:
+                shares = GradientShare(optimizer, [places[weight] for weight in module.weights], joined[1])
+                module.join(joined[0], shares)
+
+
+def _as_one(matrices: Sequence[Tensor]) -> Tensor | None:
+    """Matrices of equal width as one, if they follow each other in memory."""
+    first, end = matrices[0], matrices[0].data_ptr()
+    for matrix in matrices:
+        if matrix.data_ptr() != end or not matrix.is_contiguous() or matrix.shape[1] != first.shape[1]:
+            return None
+        end += matrix.numel() * matrix.element_size()
+    rows = sum(matrix.shape[0] for matrix in matrices)
+    return first.detach().as_strided((rows, first.shape[1]), (first.shape[1], 1), first.storage_offset())
 
 
 @cache

@@ -31,6 +31,7 @@ PARTS = {
     "v_proj": "projections",
     "o_proj": "projections",
     "qkv": "projections",
+    "qkv_proj": "projections",
     "mlp": "mlp",
     "lm_head": "loss",
 }

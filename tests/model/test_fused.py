@@ -52,6 +52,12 @@ def outputs_and_gradients(chosen: Pieces, device: str, dtype: torch.dtype) -> di
     for index, what in enumerate(("sum", "norm")):  # the other one's gradient is missing
         only = chosen.add_norm(x * 1, more, weight, 1e-5)[index]
         (found[f"add dx by {what}"],) = torch.autograd.grad(weigh(only), [x])
+    joint = leaf(2, T // 2, (H + 2 * HKV) * D)
+    parts = chosen.split_rope(joint * 1, cos, sin, H, HKV)
+    assert all(part.is_contiguous() for part in parts)
+    assert len({part.untyped_storage().data_ptr() for part in parts}) == 3  # as checkpointing wants them
+    found |= dict(zip(("split q", "split k", "split v"), parts, strict=True))
+    (found["split d"],) = torch.autograd.grad(weigh(*parts), [joint])
     found["silu"] = chosen.silu_mul(gate * 1, up * 1)
     found["silu dgate"], found["silu dup"] = torch.autograd.grad(weigh(found["silu"]), [gate, up])
     with torch.no_grad():

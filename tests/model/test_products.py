@@ -8,7 +8,7 @@ from torch import Tensor
 
 from model.embedding import Embedding
 from model.fused_loss import fused_cross_entropy
-from model.products import Branches, Linear, place_gradient
+from model.products import Branches, Joint, Linear, place_gradient
 from tests.tolerances import assert_close
 
 ROWS, WIDE, OUT = 24, 16, (12, 8, 8)
@@ -68,6 +68,29 @@ def test_without_a_sum_or_with_a_bias_it_is_a_plain_linear() -> None:
     (into, *_) = give_sums(mixed[:1])
     run(mixed, "branches", 0)
     assert into.started and all(linear.weight.grad is not None for linear in mixed[1:])
+
+
+@pytest.mark.parametrize("micro_batches", [1, 2])
+def test_joint(micro_batches: int) -> None:
+    plain, linears = parts(), parts()
+    flat = torch.cat([linear.weight.detach() for linear in linears])
+    for linear, piece in zip(linears, flat.split(OUT), strict=True):
+        linear.weight.data = piece
+    joint, into = Joint(*linears), Sum(torch.empty(flat.shape))
+    assert not joint.is_joined and not list(joint.parameters())
+    with pytest.raises(RuntimeError, match="not been joined"):
+        joint(torch.zeros(1, WIDE))
+    joint.join(flat, into)
+    for seed in range(micro_batches):
+        draw = torch.Generator().manual_seed(seed)
+        x = torch.randn(2, ROWS, WIDE, generator=draw, requires_grad=True)
+        out = joint(x)
+        assert_close(out, torch.cat([linear(x) for linear in plain], -1), "output", tolerance=1e-6)
+        out.backward(torch.randn(2, ROWS, sum(OUT), generator=draw))
+        assert x.grad is not None
+        assert_close(x.grad, run(plain, "one by one", seed), "input", tolerance=1e-6)
+    want = torch.cat([linear.weight.grad for linear in plain if linear.weight.grad is not None])
+    assert_close(into.total, want, "weights", tolerance=1e-6)
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])

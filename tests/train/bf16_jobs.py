@@ -38,6 +38,26 @@ def train(lean: bool, tied: bool) -> jobs.Result:
         stock(True)
 
 
+def joined(join: bool) -> tuple[jobs.Result, list[bool]]:
+    """One step, with q, k, v as one projection if `join`; and which layers' projections were joined."""
+    from dataclasses import replace
+    from unittest.mock import patch
+
+    from model.fused import PLAIN
+    from model.products import Joint
+
+    seen, build = list[bool](), jobs.make_run
+
+    def noted(*args: Any, **kwargs: Any) -> Any:
+        run = build(*args, **kwargs)
+        seen.extend(m.is_joined for m in run.engine.module.modules() if isinstance(m, Joint))
+        return run
+
+    pieces = replace(PLAIN, joint=join)
+    with patch("train.execution.pieces", lambda name, device: pieces), patch.object(jobs, "make_run", noted):
+        return jobs.train(1, "bf16", max_steps=1), seen
+
+
 def moments_stay(zero_stage: int) -> list[bool]:
     """Whether a second reset of the optimizer leaves its moments where they lie, and at zero."""
     from train.state import _inner, _masters, reset_optimizer
