@@ -63,6 +63,17 @@ class Tokenizer(Encoder):
         return self._backend.decode(list(ids), skip_special_tokens=True)
 
     @property
+    def end_ids(self) -> list[int]:
+        """Tokens that end an answer: eos, and those of generation_config.json; chat models have several."""
+        try:
+            found = json.loads(self._files.get(GENERATION_FILE, b"{}")).get("eos_token_id")
+        except (ValueError, AttributeError, RecursionError):  # damaged: eos is what is certain
+            found = None
+        listed = found if isinstance(found, list) else [found]
+        more = {i for i in listed if isinstance(i, int) and 0 <= i < self.vocab_size}
+        return [self.eos_id, *sorted(more - {self.eos_id})]
+
+    @property
     def fingerprint(self) -> str:
         """sha256 of everything that decides which ids a text gets; survives saving and loading."""
         parts = model_state(self._backend) | {"special": [self.bos_id, self.eos_id]}

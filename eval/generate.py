@@ -9,6 +9,7 @@ Shape legend: R rows, S longest prompt, V vocab_size.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import takewhile
 
 import torch
 
@@ -26,7 +27,7 @@ def generate(
     prompts: Sequence[Sequence[int]],
     *,
     max_new_tokens: int,
-    eos_id: int | None,
+    eos_id: int | Sequence[int] | None,
     prefill_plans: Sequence[LayerPlan],
     decode_plans: Sequence[LayerPlan],
     chunk: int = 0,
@@ -39,7 +40,8 @@ def generate(
     Args:
         prompts: token ids; lengths may differ, none may be empty.
         max_new_tokens: at most so many tokens per prompt.
-        eos_id: a row ends with this token, which is not returned. None: rows run to `max_new_tokens`.
+        eos_id: a row ends with this token, or one of these, which is not returned. None: rows run to
+            `max_new_tokens`.
         prefill_plans, decode_plans: one plan per layer for the prompt and for the tokens after it.
         chunk: prompt tokens of all rows run at a time, as in `CausalLM.prefill`; 0: all.
         ended: whether a row may end with the new tokens it has, such as after a stop string. All are returned.
@@ -60,6 +62,7 @@ def generate(
         raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
     if not prompts:
         return []
+    ends = {eos_id} if isinstance(eos_id, int) else set(eos_id or ())
     parameter = next(model.parameters())
     lengths = [len(prompt) for prompt in prompts]
     parallel = model.execution.parallel
@@ -85,7 +88,7 @@ def generate(
         for row, token in enumerate(token_R.tolist()):
             if row in running:
                 new_RS[row].append(token)
-                if token == eos_id or (ended is not None and ended(new_RS[row])):
+                if token in ends or (ended is not None and ended(new_RS[row])):
                     running.remove(row)
         more = bool(running) and step + 1 < max_new_tokens
         if parallel is not None:
@@ -93,8 +96,4 @@ def generate(
         if not more:
             break
         logits_RV = decode(token_R[:, None])
-    return [_until(row, eos_id) for row in new_RS]
-
-
-def _until(tokens: list[int], eos_id: int | None) -> list[int]:
-    return tokens[: tokens.index(eos_id)] if eos_id is not None and eos_id in tokens else tokens
+    return [list(takewhile(lambda token: token not in ends, row)) for row in new_RS]

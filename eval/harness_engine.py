@@ -98,7 +98,7 @@ class Engine:
             answers = self.loaded.generate(
                 [self.encode(request.text)[-(self.max_length - tokens) :] for request in batch],
                 max_new_tokens=tokens,
-                eos_id=self.loaded.tokenizer.eos_id,
+                eos_id=self.loaded.tokenizer.end_ids,
                 prefill_plans=self.plans,
                 decode_plans=self.decode_plans,
                 chunk=self.settings.chunk,

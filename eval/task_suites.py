@@ -77,7 +77,7 @@ def _answered(e: Evaluation, config: RulerConfig, benchmark: str) -> dict[str, A
             return e.loaded.generate(
                 prompts,
                 max_new_tokens=tokens,
-                eos_id=e.loaded.tokenizer.eos_id,
+                eos_id=e.loaded.tokenizer.end_ids,
                 prefill_plans=e.plans[name],
                 decode_plans=decode[name],
                 chunk=settings.chunk,

@@ -72,3 +72,17 @@ def test_ids_that_were_given_stay_as_they_are(llama_like: Path, tmp_path: Path) 
     prepare(tmp_path / "ids", str(records), 0.2, words, progress=False, read=ReadConfig(kind="tokens"))
     store = TokenStore(tmp_path / "ids", "train")
     assert all(store.doc(i).tolist()[1:3] == [20, 30] and len(store.doc(i)) == 4 for i in range(store.num_docs))
+
+
+@pytest.mark.parametrize(
+    ("said", "ends"),
+    [('{"eos_token_id": [5, 2, 9]}', [2, 5, 9]), ('{"eos_token_id": 7}', [2, 7]), ("{}", [2]), ("[]", [2]),
+     ('{"eos_token_id": "x"}', [2]), ('{"eos_token_id": [99999, null]}', [2]), ("{torn", [2])],
+)  # fmt: skip
+def test_what_ends_an_answer(llama_like: Path, tmp_path: Path, said: str, ends: list[int]) -> None:
+    load_tokenizer(llama_like).save(tmp_path / "folder")
+    assert load_tokenizer(tmp_path / "folder").end_ids == [2]
+    (tmp_path / "folder" / "generation_config.json").write_text(said)
+    again = load_tokenizer(tmp_path / "folder")
+    again.save(tmp_path / "again")
+    assert load_tokenizer(tmp_path / "again").end_ids == again.end_ids == ends

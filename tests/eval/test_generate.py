@@ -78,6 +78,9 @@ def test_stops_at_eos(model: CausalLM) -> None:
     eos = free[0][4]
     stopped = generate(model, batch, eos_id=eos, **kinds)
     assert stopped == [row[: row.index(eos)] if eos in row else row for row in free]
+    assert generate(model, batch, eos_id=[eos], **kinds) == stopped
+    either = generate(model, batch, eos_id=[eos, free[0][2]], **kinds)
+    assert len(either[0]) <= 2 and all(not {eos, free[0][2]} & set(row) for row in either)
     assert len(stopped[0]) <= 4
 
 
