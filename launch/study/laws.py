@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 from conf.schema import ModelConfig
-from launch.study.stats import Arms, Json, difference, mean_of, stderr
+from launch.study.stats import Arms, Json, difference, mean_curve, mean_of, stderr
 
 
 @dataclass(frozen=True)
@@ -71,6 +71,21 @@ def size_gap(arms: Arms) -> str:
         gaps += one.by_seed if one else ()
     error = stderr(gaps)
     return "" if error is None else f"{sum(gaps) / len(gaps):+.4f} ± {error:.4f} ({len(gaps)} pairs)"
+
+
+def use_of_context(arms: Arms) -> list[tuple[str, int, float, float]]:
+    """Of every pair: size, seed, how far full attention's loss falls from the first position bucket to the mean of
+    the others, and MoBA minus full attention over all positions; nats."""
+    found = []
+    for size in dict.fromkeys(size for size, _ in arms):
+        full, moba = arms.get((size, "full"), {}), arms.get((size, "moba"), {})
+        for seed in sorted(full.keys() & moba.keys()):
+            _, means = mean_curve({seed: full[seed]}, 0)
+            rest = sum(mean.value for mean in means[1:]) / (len(means) - 1)
+            gap = difference({seed: moba[seed]}, {seed: full[seed]}, 0, "loss")
+            if gap is not None:
+                found.append((size, seed, means[0].value - rest, gap.value))
+    return found
 
 
 def fit(compute: list[float], losses: list[float]) -> tuple[float, float]:

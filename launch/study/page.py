@@ -89,7 +89,11 @@ def _loss_parts(name: str, group: Group, arms: Arms, at: int, place: Json) -> li
     measures = ("loss",) if whole else ("loss", "trailing")
     rows = []
     for key, seeds in arms.items():
-        row = [" ".join(key) or name, str(len(seeds)), *(mean_of(seeds, at, what).text for what in measures)]
+        row = [
+            " ".join(key) or name,
+            " ".join(map(str, sorted(seeds))),
+            *(mean_of(seeds, at, what).text for what in measures),
+        ]
         base = baseline_of(group, key)
         gaps = [difference(seeds, arms.get(base, {}), at, what) if base else None for what in measures]
         gaps.append(plan_difference(seeds, at, "loss"))

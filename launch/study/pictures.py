@@ -10,7 +10,7 @@ from typing import Any
 from eval.files import write_atomic
 from eval.plots import canvas, png_of
 from eval.style import LIGHT
-from launch.study.laws import dense_flops, laws
+from launch.study.laws import dense_flops, laws, use_of_context
 from launch.study.plan import Plan
 from launch.study.stats import Arms, Json, Key, by_choice, difference, longest, mean_curve, mean_of
 
@@ -35,6 +35,7 @@ def draw_all(name: str, plan: Plan, results: Sequence[Json], out: Path) -> list[
         if name == "parity":
             save(f"compute-{group}.png", 8.4, 3.5, partial(_compute, arms=arms))
             save(f"position-{group}.png", 8.4, 3.5, partial(_by_size, arms=arms))
+            save(f"use-{group}.png", 5.0, 3.5, partial(_use, arms=arms))
         if name in ("trailing", "extension"):
             save(f"position-{group}.png", 8.4, 3.5, partial(_position, arms=arms))
         if name == "trailing":
@@ -73,7 +74,8 @@ def _compute(figure: Any, arms: Arms) -> bool:
     left.xaxis.set_minor_formatter(lambda value, _: "")
     left.set_xlabel("FLOPs of the dense parts in training")
     left.set_ylabel("held-out loss (nats per token)")
-    left.legend(fontsize=8.5)
+    left.legend(fontsize=8.5, loc="upper right", framealpha=0.6)
+    left.margins(y=0.35)
     labels = []
     for place, size in enumerate(dict.fromkeys(size for size, _ in arms)):
         gap = difference(arms.get((size, "moba"), {}), arms.get((size, "full"), {}), 0, "loss")
@@ -88,7 +90,7 @@ def _compute(figure: Any, arms: Arms) -> bool:
     right.margins(x=0.3)
     right.set_xlabel("size")
     right.set_ylabel("MoBA minus full (nats)")
-    right.set_title("± 2 standard errors (documents or seeds); dots: seeds", fontsize=9)
+    right.set_title("± 2 standard errors; dots: seeds", fontsize=9)
     return True
 
 
@@ -112,6 +114,21 @@ def _by_size(figure: Any, arms: Arms) -> bool:
         axes.set_xlabel("position in the document (tokens)")
         axes.legend(title="size", fontsize=8.5)
     return True
+
+
+def _use(figure: Any, arms: Arms) -> bool:
+    """MoBA's distance to full attention against how much full attention's loss falls along the document."""
+    axes = figure.add_subplot()
+    pairs = use_of_context(arms)
+    for size, mark in zip(dict.fromkeys(size for size, _, _, _ in pairs), "osD^", strict=False):
+        own = [(use, gap) for one, _, use, gap in pairs if one == size]
+        axes.plot(*zip(*own, strict=True), mark, color=LIGHT.moba, label=size)
+    axes.axhline(0, color=LIGHT.faint, linewidth=1)
+    axes.set_xlabel("full attention: loss of the first sixteenth minus the rest (nats)")
+    axes.set_ylabel("MoBA minus full (nats)")
+    if pairs:
+        axes.legend(title="size", fontsize=8.5)
+    return bool(pairs)
 
 
 def _position(figure: Any, arms: Arms) -> bool:
@@ -191,5 +208,5 @@ def _by_choice(figure: Any, arms: Arms, base: Key, label: str) -> bool:
         axes.axhline(0, color=LIGHT.faint, linewidth=1)
         axes.set_xticks(range(len(others)), names, rotation=30 if max(map(len, names)) > 3 else 0, ha="right")
         axes.set_ylabel(f"{what}, {label} (nats)")
-        axes.set_title("± 2 standard errors (documents or seeds); dots: seeds", fontsize=9)
+        axes.set_title("± 2 standard errors; dots: seeds", fontsize=9)
     return True

@@ -5,7 +5,7 @@ import math
 import pytest
 
 from conf.schema import ModelConfig
-from launch.study.laws import dense_flops, fit, laws, size_gap
+from launch.study.laws import dense_flops, fit, laws, size_gap, use_of_context
 from launch.study.stats import Arms, Json
 from model.flops import matmul_parameters
 
@@ -13,12 +13,12 @@ MODEL = {"vocab_size": 64, "intermediate_size": 64, "num_layers": 2, "num_heads"
 
 
 def result(hidden: int, loss: float) -> Json:
-    document = {"full": {"loss": loss, "trailing": loss, "tokens": 10, "buckets": [loss]}}
+    document = {"full": {"loss": loss, "trailing": loss, "tokens": 10, "buckets": [loss + 1, loss, loss]}}
     return {
         "model": {**MODEL, "hidden_size": hidden},
         "train": {"steps": [[500, 5.0, None], [1000, 4.0, None]], "plans": [["main", "full"]], "stages": {}},
         "plans": {"full": "full"},
-        "losses": [{"seq_len": 8, "trailing": 2, "documents": [document, document]}],
+        "losses": [{"seq_len": 8, "trailing": 2, "edges": [0, 2, 5, 8], "documents": [document, document]}],
     }
 
 
@@ -45,6 +45,9 @@ def test_a_power_law_is_found_again_with_its_error_over_seeds() -> None:
         for size in "sml"
     ]
     assert size_gap(arms).startswith(f"{sum(gaps) / 3:+.4f} ± ") and size_gap(arms).endswith("(3 pairs)")
+    assert [pair[:2] for pair in use_of_context(arms)] == [("s", 0), ("m", 0), ("l", 0)]
+    assert [pair[3] for pair in use_of_context(arms)] == pytest.approx(gaps)
+    assert use_of_context(arms)[0][2] == pytest.approx(1.0)
     del arms["l", "full"]
     assert not laws(arms)  # two sizes are always on a line
 

@@ -49,7 +49,7 @@ def test_every_arm_leaves_its_losses_by_document_and_a_page(study: tuple[Path, l
     page = (root / "results" / "README.md").read_text()
     for text in (
         "## Expected",
-        "| moba | 1 |",
+        "| moba | 0 |",
         "`train-moba-s0`",
         "one seed",
         "Planned and not run",
