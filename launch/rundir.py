@@ -23,7 +23,7 @@ from launch.stages import Progress
 ZERO = "engine.zero_stage"
 FREE = (
     "out", "max_steps", "dry_run", "resume", "launch", "guard", "metrics", "checkpoint", "eval", "mesh", ZERO,
-    "data.workers",
+    "engine.deterministic", "data.workers",
 )  # fmt: skip
 FREE_IN_STAGE = ("micro_batch", "attention.backend", "data.balance")
 # What `resume.allow` can name: parts of a stage, and the optimizer's settings. The rest decides what was trained.
@@ -51,11 +51,10 @@ def check_same(config: TrainConfig, run: RunPaths) -> list[Change]:
     allow = _checked_allow(config)
     if not run.config.is_file() or not any(run.checkpoints.glob("step-*")):
         return []
-    before, now = _flat(load_train_config(run.config)), _flat(config)
-    order_before = [key.split(".")[1] for key in before if key.endswith(".seq_len")]
-    order_now = [key.split(".")[1] for key in now if key.endswith(".seq_len")]
-    if order_before != order_now:
-        _refuse("stages", order_before, order_now, run)
+    saved = load_train_config(run.config)
+    if list(saved.stages) != list(config.stages):
+        _refuse("stages", list(saved.stages), list(config.stages), run)
+    before, now = _flat(saved), _flat(config)
     changes = []
     for key in dict.fromkeys([*before, *now]):
         if before.get(key) == now.get(key) or _is_free(key):

@@ -50,6 +50,7 @@ def changed(config: TrainConfig, key: str, value: object) -> TrainConfig:
         ("launch.nproc", 2),
         ("mesh.sequence_parallel", 2),
         ("engine.zero_stage", 3),
+        ("engine.deterministic", True),
         ("metrics.wandb.mode", "offline"),
         ("checkpoint.every", 7),
         ("eval.tokens", 999),
