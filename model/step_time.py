@@ -17,9 +17,9 @@ from model.schedule import LayerPlan
 from model.sequence_parallel import bytes_per_layer
 from model.shapes import head_dim, num_parameters
 
-# Bytes moved through device memory per parameter by AdamW and by what is done around it: the norm and, where they are
-# passes of their own, the sum into fp32 gradients and the cast back. On an H200 with 1.24e9 parameters: 10 ms in
-# ZeRO-1 and bf16 (`train.bf16`; at more than the share of the bandwidth that the planner counts on), 36 ms with
+# Bytes moved through device memory per parameter by AdamW and by what is done around it: the norm and, where they
+# are passes of their own, the sum into fp32 gradients and the cast back. On an H200 with 1.24e9 parameters: 10 ms
+# in ZeRO-1 and bf16 (`train.bf16`; at more than the share of the bandwidth that the planner counts on), 36 ms with
 # DeepSpeed's optimizer as it comes, which stands for the other stages.
 LEAN_OPTIMIZER_BYTES, OPTIMIZER_BYTES = 30, 105
 HOST_OPTIMIZER_RATE = 1.5e9  # parameters/s of AdamW on a host's cores, gradient and weight copies included
