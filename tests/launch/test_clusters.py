@@ -116,7 +116,7 @@ def test_hosts_over_ssh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     (tmp_path / "ssh").write_text('#!/bin/bash\nexec sh -c "${@: -1}"\n')
     (tmp_path / "ssh").chmod(stat.S_IRWXU)
     told = tmp_path / "told"
-    (tmp_path / "python").write_text(f'#!/bin/bash\nprintf "%s|" "$@" >> {told}; echo >> {told}; cat; exit 75\n')
+    (tmp_path / "python").write_text(f'#!/bin/bash\necho "$(printf "%s|" "$@")" >> {told}; cat; exit 75\n')
     (tmp_path / "python").chmod(stat.S_IRWXU)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     monkeypatch.setattr("sys.executable", str(tmp_path / "python"))
