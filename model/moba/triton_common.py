@@ -104,13 +104,8 @@ def tiles_for(head_dim: int, block_size: int, num_blocks: int) -> Tiles:
             merge_split=head_dim > 16,
             reach=True,
         )
-    gate = _gate(num_blocks)
+    gate = Tile(rows=64, keys=32 if num_blocks <= 80 else 64, warps=4, stages=1)
     return _covered(head_dim, gate, whole) if whole <= 128 else _streamed(head_dim, gate, block_size, num_blocks)
-
-
-def _gate(num_blocks: int) -> Tile:
-    rows, warps = 64, 4
-    return Tile(rows, keys=32 if num_blocks <= 80 else 64, warps=warps, stages=1)
 
 
 def _covered(head_dim: int, gate: Tile, whole: int) -> Tiles:
