@@ -223,12 +223,6 @@ def chain_config(out: str, prepared: str, **changes: Any) -> TrainConfig:
     return config
 
 
-def is_deterministic() -> tuple[bool, bool]:
-    """Of this process, and whether it fills new memory."""
-    fills: bool = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
-    return torch.are_deterministic_algorithms_enabled(), fills
-
-
 def stage(config: TrainConfig, name: str, signal_at: int = -1) -> int:
     """`run_stage`; the last rank alone gets SIGTERM while step `signal_at` is being fetched."""
     from train import run
