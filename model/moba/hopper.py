@@ -1,4 +1,4 @@
-"""The hot passes over lists: warp-specialised kernels where they were measured to win, else their Triton twins.
+"""The hot passes: warp-specialised kernels where they were measured to win, else their Triton twins.
 
 The twins compute the same and are tested against each other. Gluon, in which the specialised kernels are written,
 has no stable interface between versions of Triton: they are used with the version they were measured with, and
@@ -17,9 +17,9 @@ from functools import cache
 import triton
 from torch import Tensor
 
-from model.moba import triton_common, triton_dkv, triton_dq, triton_routed
+from model.moba import triton_combine, triton_common, triton_dkv, triton_dq, triton_merge, triton_routed
 from model.moba.blocks import BlockTable
-from model.moba.triton_common import Tile
+from model.moba.triton_common import Tile, Tiles
 from model.moba.triton_cuts import TileTable
 from model.moba.triton_lists import Lists
 from model.moba.triton_reach import Reach
@@ -27,8 +27,9 @@ from model.moba.triton_sums import RowSums
 
 MEASURED_WITH = "3.6"  # Triton
 MIN_BLOCK, STEP, TILE_ROWS = 256, 128, 128
+MIN_BLOCK_OF = {"merge": 1024}  # where a pass gains from larger blocks on only
 # At head_dim 64 the exponentials bound the forward pass, and dq is up to 5 % slower than its twin; dk, dv gains.
-HEAD_DIMS = {"routed": (128,), "dq": (128,), "dkv": (64, 128)}
+HEAD_DIMS = {"routed": (128,), "dq": (128,), "dkv": (64, 128), "combine": (128,), "merge": (128,)}
 _off = False
 _log = logging.getLogger(__name__)
 
@@ -59,8 +60,9 @@ def refusal(head_dim: int, block_size: int, which: str) -> str | None:
         return "switched off"
     if head_dim not in HEAD_DIMS[which]:
         return f"head_dim {head_dim}"
-    if block_size < MIN_BLOCK or block_size % STEP:
-        return f"blocks of {block_size} are below {MIN_BLOCK} or no multiple of {STEP}"
+    least = MIN_BLOCK_OF.get(which, MIN_BLOCK)
+    if block_size < least or block_size % STEP:
+        return f"blocks of {block_size} are below {least} or no multiple of {STEP}"
     return _unusable()
 
 
@@ -165,3 +167,62 @@ def dkv(
 
     assert lists is not None and list_lse is not None and list_delta is not None
     gluon_dkv_launch.dkv(*inputs, lists, list_lse, list_delta, table, reach, dk_THD, dv_THD, heads, softmax_scale)
+
+
+def _own_block(head_dim: int, part: Tensor | None, tiles: Tiles, which: str) -> bool:
+    """Whether the specialised kernel of the own block runs: blocks that one tile covers go to its twin."""
+    return part is not None and not tiles.stationary and _specialised(head_dim, MIN_BLOCK, which)
+
+
+def combine(
+    q_THD: Tensor,
+    k_THD: Tensor,
+    v_THD: Tensor,
+    part: Tensor | None,
+    part_lse: Tensor | None,
+    block_ids: Tensor,
+    reach: Reach,
+    out_THD: Tensor,
+    lse_TH: Tensor,
+    heads: range,
+    tokens: range,
+    scale_log2: float,
+    tiles: Tiles,
+    block_size: int,
+) -> None:
+    """Forward of the own block plus partials; arguments of `triton_combine.combine` and block_size."""
+    if part is None or part_lse is None or not _specialised(q_THD.shape[-1], block_size, "combine"):
+        triton_combine.combine(q_THD, k_THD, v_THD, part, part_lse, block_ids, reach, out_THD, lse_TH, heads,
+                               tokens, scale_log2, tiles)  # fmt: skip
+        return
+    from model.moba import gluon_combine
+
+    gluon_combine.combine(
+        q_THD, k_THD, v_THD, part, part_lse, block_ids, reach, out_THD, lse_TH, heads, tokens, scale_log2
+    )
+
+
+def merge_dq(
+    q_THD: Tensor,
+    k_THD: Tensor,
+    v_THD: Tensor,
+    dout_THD: Tensor,
+    sums: RowSums,
+    part: Tensor | None,
+    block_ids: Tensor,
+    reach: Reach,
+    dq_THD: Tensor,
+    heads: range,
+    tokens: range,
+    softmax_scale: float,
+    tiles: Tiles,
+    block_size: int,
+) -> None:
+    """dq of the own block plus partials; arguments of `triton_merge.merge_dq` and block_size."""
+    inputs = (q_THD, k_THD, v_THD, dout_THD, sums)
+    if part is None or not _specialised(q_THD.shape[-1], block_size, "merge"):
+        triton_merge.merge_dq(*inputs, part, block_ids, reach, dq_THD, heads, tokens, softmax_scale, tiles)
+        return
+    from model.moba import gluon_merge
+
+    gluon_merge.merge_dq(*inputs, part, block_ids, reach, dq_THD, heads, tokens, softmax_scale)

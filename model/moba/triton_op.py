@@ -17,11 +17,9 @@ from torch.autograd.function import once_differentiable
 
 from model.moba import triton_common as common
 from model.moba.blocks import BlockTable
-from model.moba.hopper import dkv, dq_partials, routed
-from model.moba.triton_combine import combine
+from model.moba.hopper import combine, dkv, dq_partials, merge_dq, routed
 from model.moba.triton_cuts import Cuts, segment_length
 from model.moba.triton_lists import Lists, build_lists
-from model.moba.triton_merge import merge_dq
 from model.moba.triton_plan import Plan, default_budget, make_plan
 from model.moba.triton_reach import Reach, build_reach
 from model.moba.triton_sums import RowSums, fill_list_sums
@@ -125,7 +123,7 @@ def forward_pass(
     for heads in plan.head_ranges(Hkv):
         if K == 0:
             combine(q_THD, k_THD, v_THD, None, None, block_ids, reach, out, lse, heads, range(T), scale_log2,
-                    tiles)  # fmt: skip
+                    tiles, table.block_size)  # fmt: skip
             continue
         lists = _lists(block_ids, table, reach, H // Hkv, heads, plan, tiles)
         if plan.keep_lists:
@@ -137,7 +135,7 @@ def forward_pass(
             routed(q_THD, k_THD, v_THD, part_c, lse_c, lists, work, table, tokens.start, scale_log2, tiles.routed,
                    tiles.stationary)  # fmt: skip
             combine(q_THD, k_THD, v_THD, part_c, lse_c, block_ids, reach, out, lse, heads, tokens, scale_log2,
-                    tiles)  # fmt: skip
+                    tiles, table.block_size)  # fmt: skip
     return out, lse, kept
 
 
@@ -166,7 +164,7 @@ def backward_pass(
     fused = _fused(plan, tiles, T)
     for number, heads in enumerate(plan.head_ranges(Hkv)):
         if K == 0:
-            merge_dq(*inputs, None, block_ids, reach, dq, heads, range(T), softmax_scale, tiles)
+            merge_dq(*inputs, None, block_ids, reach, dq, heads, range(T), softmax_scale, tiles, table.block_size)
             dkv(*inputs, None, None, None, None, table, reach, dk, dv, heads, softmax_scale, tiles.dkv)
             continue
         lists = saved[number] if saved else _lists(block_ids, table, reach, H // Hkv, heads, plan, tiles)
@@ -177,14 +175,14 @@ def backward_pass(
             fill_list_sums(lists, sums, list_lse, list_delta)
             dkv(*inputs, lists, list_lse, list_delta, part, table, reach, dk, dv, heads, softmax_scale, fused,
                 tiles.fused_pointers)  # fmt: skip
-            merge_dq(*inputs, part, block_ids, reach, dq, heads, range(T), softmax_scale, tiles)
+            merge_dq(*inputs, part, block_ids, reach, dq, heads, range(T), softmax_scale, tiles, table.block_size)
             continue
         for tokens in plan.token_ranges(T):
             work = lists.tiles(tiles.dq_rows, tokens.start, tokens.stop)
             part_c = part[:, : len(tokens)]
             dq_partials(*inputs, part_c, list_lse, list_delta, lists, work, table, tokens.start, scale_log2,
                         tiles.dq, tiles.stationary_dq)  # fmt: skip
-            merge_dq(*inputs, part_c, block_ids, reach, dq, heads, tokens, softmax_scale, tiles)
+            merge_dq(*inputs, part_c, block_ids, reach, dq, heads, tokens, softmax_scale, tiles, table.block_size)
         dkv(*inputs, lists, list_lse, list_delta, None, table, reach, dk, dv, heads, softmax_scale, tiles.dkv)
     return dq, dk, dv
 

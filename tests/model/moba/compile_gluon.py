@@ -15,7 +15,7 @@ import torch
 import triton
 from triton.experimental.gluon._runtime import GluonASTSource
 
-from model.moba import gluon_common, gluon_dkv, gluon_dq, gluon_routed
+from model.moba import gluon_combine, gluon_common, gluon_dkv, gluon_dq, gluon_merge, gluon_routed
 from tests.model.moba.compile_kernels import CUOBJDUMP, FLOAT, HALF, HOPPER, _loop_spills
 
 
@@ -23,6 +23,7 @@ def _type(name: str, rows: int, dim: int) -> str:
     """Triton's type of an argument, by its name."""
     stem = name.removesuffix("_ptr").removesuffix("_desc")
     if name.endswith("_desc"):
+        rows = gluon_common.HALF_ROWS if stem in ("q", "dout") else rows  # of queries: one consumer's
         return f"tensordesc<bf16[{rows}, {dim}],{gluon_common.shared_layout(torch.bfloat16, rows, dim)}>"
     if name.endswith("_ptr"):
         float_like = stem in FLOAT or "lse" in stem or "delta" in stem
@@ -78,6 +79,8 @@ if __name__ == "__main__":
         ("routed", gluon_routed._routed_kernel, gluon_routed.constants(128), keys, gluon_routed.WORK),
         ("dq", gluon_dq._dq_kernel, gluon_dq.constants(128), gluon_dq.WORK.step, gluon_dq.WORK),
         ("dkv", gluon_dkv._dkv_kernel, gluon_dkv.constants(128, 4, True), half, gluon_dkv.WORK),
+        ("combine", gluon_combine._combine_kernel, gluon_combine.constants(128, 4), keys, gluon_combine.WORK),
+        ("merge", gluon_merge._merge_kernel, gluon_merge.constants(128, 4), keys, gluon_merge.WORK),
         ("dkv64", gluon_dkv._dkv_kernel, gluon_dkv.constants(64, 4, True), half, gluon_dkv.WORK),
     ):
         print(json.dumps(examine(*job)), flush=True)

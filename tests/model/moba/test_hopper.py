@@ -5,7 +5,7 @@ import pytest
 pytest.importorskip("triton")
 from model.moba import hopper
 
-PASSES = ("routed", "dq", "dkv")
+PASSES = ("routed", "dq", "dkv", "combine", "merge")
 
 
 @pytest.fixture
@@ -18,10 +18,12 @@ def _specialised(head_dim, block_size):
 
 
 def test_specialised_kernels_where_they_were_measured_to_win(usable):
-    assert _specialised(128, 256) == _specialised(128, 4096) == PASSES
+    assert _specialised(128, 1024) == _specialised(128, 4096) == PASSES
+    assert _specialised(128, 256) == _specialised(128, 896) == PASSES[:-1]
     assert _specialised(64, 512) == ("dkv",)
-    assert hopper.explain(128, 4096) == "warp-specialised: routed, dq, dkv; Triton: none"
-    assert hopper.explain(64, 512) == "warp-specialised: dkv; Triton: routed: head_dim 64, dq: head_dim 64"
+    assert hopper.explain(128, 4096) == "warp-specialised: routed, dq, dkv, combine, merge; Triton: none"
+    others = ", ".join(f"{which}: head_dim 64" for which in PASSES if which != "dkv")
+    assert hopper.explain(64, 1024) == f"warp-specialised: dkv; Triton: {others}"
 
 
 @pytest.mark.parametrize("block_size", [128, 1040])
@@ -48,14 +50,15 @@ def test_the_twins_alone_inside_the_context_only(usable):
         with hopper.twins_only():
             pass
         assert _specialised(128, 512) == ()
-    assert _specialised(128, 512) == PASSES
+    assert _specialised(128, 2048) == PASSES
 
 
 def test_what_runs_is_said_once(usable, caplog):
     hopper._say.cache_clear()
     with caplog.at_level("INFO"):
         for which in PASSES * 2:
-            hopper._specialised(128, 768, which)
+            hopper._specialised(128, 1152, which)
     assert [r.getMessage() for r in caplog.records] == [
-        "MoBA kernels, head_dim 128, blocks of 768: warp-specialised: routed, dq, dkv; Triton: none"
+        "MoBA kernels, head_dim 128, blocks of 1152: warp-specialised: "
+        "routed, dq, dkv, combine, merge; Triton: none"
     ]
