@@ -58,6 +58,25 @@ def joined(join: bool) -> tuple[jobs.Result, list[bool]]:
         return jobs.train(1, "bf16", max_steps=1), seen
 
 
+def one_pass(wanted: bool) -> tuple[jobs.Result, Tensor]:
+    """One step of two ranks, by AdamW in one pass (interpreted) if `wanted`; and the model's weights."""
+    import os
+    from unittest.mock import patch
+
+    kept, build = list[Tensor](), jobs.make_run
+
+    def switched(*args: Any, **kwargs: Any) -> Any:
+        run = build(*args, **kwargs)
+        assert not run.engine.optimizer.one_pass
+        run.engine.optimizer.one_pass = wanted
+        kept.extend(run.engine.optimizer.bf16_groups_flat)
+        return run
+
+    with patch.dict(os.environ, TRITON_INTERPRET="1"), patch.object(jobs, "make_run", switched):
+        result = jobs.train(1, "bf16", max_steps=1)
+    return result, torch.cat([flat.detach().float() for flat in kept])
+
+
 def moments_stay(zero_stage: int) -> list[bool]:
     """Whether a second reset of the optimizer leaves its moments where they lie, and at zero."""
     from train.state import _inner, _masters, reset_optimizer
