@@ -26,8 +26,11 @@ from model.moba.triton_reach import Reach
 from model.moba.triton_sums import RowSums
 
 MEASURED_WITH = "3.6"  # Triton
-MIN_BLOCK, STEP, TILE_ROWS = 256, 128, 128
-MIN_BLOCK_OF = {"merge": 1024}  # where a pass gains from larger blocks on only
+STEP, TILE_ROWS = 128, 128
+# Blocks from which on each pass was measured to gain.
+MIN_BLOCK = 256
+MIN_COMBINE = 256
+MIN_MERGE = 1024
 # At head_dim 64 the exponentials bound the forward pass, and dq is up to 5 % slower than its twin; dk, dv gains.
 HEAD_DIMS = {"routed": (128,), "dq": (128,), "dkv": (64, 128), "combine": (128,), "merge": (128,)}
 _off = False
@@ -60,7 +63,7 @@ def refusal(head_dim: int, block_size: int, which: str) -> str | None:
         return "switched off"
     if head_dim not in HEAD_DIMS[which]:
         return f"head_dim {head_dim}"
-    least = MIN_BLOCK_OF.get(which, MIN_BLOCK)
+    least = {"combine": MIN_COMBINE, "merge": MIN_MERGE}.get(which, MIN_BLOCK)
     if block_size < least or block_size % STEP:
         return f"blocks of {block_size} are below {least} or no multiple of {STEP}"
     return _unusable()
