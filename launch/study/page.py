@@ -159,8 +159,7 @@ def _run_text(plan: Plan, config: StudyConfig, results: Sequence[Json]) -> str:
     text = (
         f"{len(done)} arms on {places}; commits {commits}; {dates}. Every arm that finished is below. Errors "
         "behind ± of a mean are standard errors over seeds; differences are taken document by document. Tokens "
-        "are those of the arm's own training, its start not counted. Device seconds: of the steps, each as "
-        "long as the median one where that was kept; "
+        "are those of the arm's own training, its start not counted. Device seconds are the sum of the steps; "
         "arms of a study that ran side by side (column), and studies that ran at the same time, shared the GPU: "
         "their seconds compare with nothing."
     )
@@ -215,8 +214,8 @@ def _arms_table(results: Sequence[Json]) -> str:
 
 
 def _seconds(train: Json) -> dict[str, float]:
-    """By stage: its steps times the median step, or what they took in all where that was not kept."""
-    return dict(train.get("median_seconds") or train["step_seconds"])
+    """By stage: without what the first step took longer, where that was kept."""
+    return dict(train.get("steady_seconds") or train["step_seconds"])
 
 
 def _last_tenth(steps: list[list[Any]]) -> float:

@@ -17,7 +17,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 from conf.constants import EXIT_REQUEUE, EXIT_USER_ERROR
@@ -117,10 +116,8 @@ def _filled_loss(at: LossAt, values: Json) -> LossAt:
 
 
 def _training(rows: list[Json]) -> Json:
-    """The steps as columns, and the device's seconds in them by stage: as they were, and with the median step's.
-
-    First steps compile kernels, and what else runs on the device makes some wait: the median leaves both out.
-    """
+    """The steps as columns, and the device's seconds in them by stage: all, and as if the first, which may compile
+    kernels, had taken the mean of the others."""
     taken: dict[str, list[float]] = {}
     before, steps = 0, []
     for row in rows:
@@ -131,7 +128,11 @@ def _training(rows: list[Json]) -> Json:
     plans = list(dict.fromkeys((row["stage"], row["plan"]) for row in rows))
     return {"columns": ["tokens", "loss", "trailing_loss"], "steps": steps, "stages": stages,
             "plans": plans, "step_seconds": {stage: sum(each) for stage, each in taken.items()},
-            "median_seconds": {stage: median(each) * len(each) for stage, each in taken.items()}}  # fmt: skip
+            "steady_seconds": {stage: _steady(each) for stage, each in taken.items()}}  # fmt: skip
+
+
+def _steady(seconds: list[float]) -> float:
+    return sum(seconds[1:]) * len(seconds) / (len(seconds) - 1) if len(seconds) > 1 else sum(seconds)
 
 
 def _rounded(value: float | None) -> float | None:
