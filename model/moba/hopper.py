@@ -29,7 +29,7 @@ MEASURED_WITH = "3.6"  # Triton
 STEP, TILE_ROWS = 128, 128
 # Blocks from which on each pass was measured to gain.
 MIN_BLOCK = 256
-MIN_COMBINE = 256
+MIN_COMBINE = 128
 MIN_MERGE = 1024
 # At head_dim 64 the exponentials bound the forward pass, and dq is up to 5 % slower than its twin; dk, dv gains.
 HEAD_DIMS = {"routed": (128,), "dq": (128,), "dkv": (64, 128), "combine": (128,), "merge": (128,)}

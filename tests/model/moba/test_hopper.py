@@ -20,13 +20,14 @@ def _specialised(head_dim, block_size):
 def test_specialised_kernels_where_they_were_measured_to_win(usable):
     assert _specialised(128, 1024) == _specialised(128, 4096) == PASSES
     assert _specialised(128, 256) == _specialised(128, 896) == PASSES[:-1]
+    assert _specialised(128, 128) == ("combine",)
     assert _specialised(64, 512) == ("dkv",)
     assert hopper.explain(128, 4096) == "warp-specialised: routed, dq, dkv, combine, merge; Triton: none"
     others = ", ".join(f"{which}: head_dim 64" for which in PASSES if which != "dkv")
     assert hopper.explain(64, 1024) == f"warp-specialised: dkv; Triton: {others}"
 
 
-@pytest.mark.parametrize("block_size", [128, 1040])
+@pytest.mark.parametrize("block_size", [64, 1040])
 def test_the_twins_elsewhere_and_why(usable, block_size):
     assert _specialised(128, block_size) == _specialised(64, block_size) == ()
     assert f"blocks of {block_size} are" in hopper.explain(128, block_size)
