@@ -27,22 +27,46 @@ _ROW_BUFFERS = 2
 
 
 @gluon.jit
-def _add_part(buf, used, lse, top, total, out, LAY: gl.constexpr):
+def _add_part(buf, used, lse, top, total, out, HALF: gl.constexpr, LAY: gl.constexpr):
     """Merges the partial results of one slot; rows without one keep what they have."""
     lse = gl.where(used, lse, float("-inf"))
     new_top = gl.maximum(top, lse)
     decay = gl.exp2(top - new_top)
     weight = gl.exp2(lse - new_top)
-    part = gl.where(used[:, None], buf.load(LAY).to(gl.float32), 0.0)  # empty slots may hold anything
+    part = buf.slice(HALF * 64, 64).load(LAY).to(gl.float32)
+    part = gl.where(used[:, None], part, 0.0)  # empty slots may hold anything
     return new_top, total * decay + weight, out * decay[:, None] + part * weight[:, None]
 
 
 @gluon.jit
-def _softmax(s, top, total, scale_log2):
-    new_top = gl.maximum(top, gl.max(s, 1) * scale_log2)
-    p = gl.exp2(s * scale_log2 - new_top[:, None])
-    decay = gl.exp2(top - new_top)
-    return p, decay, new_top, total * decay + gl.sum(p, 1)
+def _add_parts(
+    k_buf, v_buf, k_full, k_empty, v_full, v_empty, ids_ptr, lse_ptr, past, ks, vs, K, top, total, out,
+    STAGES: gl.constexpr, HALF: gl.constexpr, LAY: gl.constexpr,
+):  # fmt: skip
+    """Merges the partial results of all slots, in their order; pointers to the rows' first slots."""
+    ids = gl.load(ids_ptr, mask=past & (K > 0), other=-1)
+    lse = gl.load(lse_ptr, mask=past & (K > 0), other=0.0)
+    for slot in range(0, K):
+        used = ids >= 0
+        lse_now = lse
+        more = past & (slot + 1 < K)
+        ids = gl.load(ids_ptr + slot + 1, mask=more, other=-1)
+        lse = gl.load(lse_ptr + slot + 1, mask=more, other=0.0)
+        if slot % 2 == 0:
+            at = ks % STAGES
+            mbarrier.wait(k_full.index(at), (ks // STAGES) & 1)
+            top, total, out = _add_part(k_buf.index(at), used, lse_now, top, total, out, HALF, LAY)
+            fence_async_shared()
+            common.release(k_empty.index(at))
+            ks += 1
+        else:
+            at = vs % STAGES
+            mbarrier.wait(v_full.index(at), (vs // STAGES) & 1)
+            top, total, out = _add_part(v_buf.index(at), used, lse_now, top, total, out, HALF, LAY)
+            fence_async_shared()
+            common.release(v_empty.index(at))
+            vs += 1
+    return top, total, out, ks, vs
 
 
 @gluon.jit
@@ -57,7 +81,6 @@ def _attend(
     OUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     LEFT: gl.constexpr = gl.DotOperandLayout(0, OUT, 2)
     ROW: gl.constexpr = gl.SliceLayout(1, OUT)
-    STORE: gl.constexpr = common.row_layout(D, 4)
     dtype: gl.constexpr = k_buf.dtype
     zero = gl.zeros([64, KEYS], gl.float32, SCORE)
     num = 0
@@ -86,7 +109,7 @@ def _attend(
         s = warpgroup_mma_wait(0, deps=[score])
         common.release(k_empty.index(k_at))
         s = own.mask(s, first_row, depth, begin, begin >= plain_end, KEYS, SCORE)
-        p, decay, top, total = _softmax(s, top, total, scale_log2)
+        p, decay, top, total = common.softmax(s, top, total, scale_log2)
         left = gl.convert_layout(p.to(dtype), LEFT)
         mbarrier.wait(v_full.index(v_at), (vs // STAGES) & 1)
         for j in range(begin + KEYS, last + 1, KEYS):
@@ -101,7 +124,7 @@ def _attend(
             s = warpgroup_mma_wait(1, deps=[score])
             common.release(k_empty.index(k_at))
             s = own.mask(s, first_row, depth, j, j >= plain_end, KEYS, SCORE)
-            p, decay, top, total = _softmax(s, top, total, scale_log2)
+            p, decay, top, total = common.softmax(s, top, total, scale_log2)
             following = gl.convert_layout(p.to(dtype), LEFT)
             # Waiting here for the values ends a basic block: ptxas moves the softmax behind the wait otherwise.
             mbarrier.wait(v_full.index(v_at), (vs // STAGES) & 1)
@@ -114,7 +137,6 @@ def _attend(
         common.release(v_empty.index(v_at))
         ks += 1
         vs += 1
-
         top = gl.convert_layout(top, ROW)
         total = gl.convert_layout(total, ROW)
         start = gl.convert_layout(start, ROW)
@@ -123,40 +145,15 @@ def _attend(
         past = live & (start >= 0)
         row = token.to(gl.int64) * H + head * G + g
         pair = ((head - first_head).to(gl.int64) * tokens_per_head + token - first_token) * (G * K) + g * K
-        ids = gl.load(ids_ptr + row * K, mask=past & (K > 0), other=-1)
-        lse = gl.load(part_lse_ptr + pair, mask=past & (K > 0), other=0.0)
-        for slot in range(0, K):
-            used = ids >= 0
-            lse_now = lse
-            more = past & (slot + 1 < K)
-            ids = gl.load(ids_ptr + row * K + slot + 1, mask=more, other=-1)
-            lse = gl.load(part_lse_ptr + pair + slot + 1, mask=more, other=0.0)
-            if slot % 2 == 0:
-                at = ks % STAGES
-                mbarrier.wait(k_full.index(at), (ks // STAGES) & 1)
-                buf = k_buf.index(at).slice(HALF * 64, 64)
-                top, total, out = _add_part(buf, used, lse_now, top, total, out, OUT)
-                fence_async_shared()
-                common.release(k_empty.index(at))
-                ks += 1
-            else:
-                at = vs % STAGES
-                mbarrier.wait(v_full.index(at), (vs // STAGES) & 1)
-                buf = v_buf.index(at).slice(HALF * 64, 64)
-                top, total, out = _add_part(buf, used, lse_now, top, total, out, OUT)
-                fence_async_shared()
-                common.release(v_empty.index(at))
-                vs += 1
+        top, total, out, ks, vs = _add_parts(
+            k_buf, v_buf, k_full, k_empty, v_full, v_empty, ids_ptr + row * K, part_lse_ptr + pair, past, ks, vs,
+            K, top, total, out, STAGES, HALF, OUT,
+        )  # fmt: skip
         gl.store(lse_ptr + row, top + gl.log2(total), mask=live)
-        q.store((out * (1.0 / total)[:, None]).to(dtype))  # nothing reads q any more
-        common.thread_barrier()
-        token = first_row + gl.arange(0, 64, gl.SliceLayout(1, STORE))
-        at_row = (token.to(gl.int64) * H + head * G + g) * D
-        result = q.load(STORE)
-        fence_async_shared()
-        common.release(q_empty.index(num % BUFFERS))
-        columns = gl.arange(0, D, gl.SliceLayout(0, STORE))
-        gl.store(out_ptr + at_row[:, None] + columns[None, :], result, mask=(token < num_tokens)[:, None])
+        q_free = q_empty.index(num % BUFFERS)
+        own.store_tile(
+            out * (1.0 / total)[:, None], q, q_free, out_ptr, first_row, head * G + g, num_tokens, H, D, dtype
+        )
         num += 1  # noqa: SIM113 - kernels know no enumerate
 
 

@@ -127,6 +127,15 @@ def barriers(NUM: gl.constexpr, COUNT: gl.constexpr):
 
 
 @gluon.jit
+def softmax(s, top, total, scale_log2):
+    """Running maximum and sum of a row after the scores s; p, and what earlier sums shrink by."""
+    new_top = gl.maximum(top, gl.max(s, 1) * scale_log2)
+    p = gl.exp2(s * scale_log2 - new_top[:, None])
+    decay = gl.exp2(top - new_top)
+    return p, decay, new_top, total * decay + gl.sum(p, 1)
+
+
+@gluon.jit
 def store_rows(x, buf, to_buf, part_ptr, D: gl.constexpr):
     """Rows x [64, D] of one consumer to the rows of `part` named in to_buf, through `buf` for whole sectors."""
     lay: gl.constexpr = row_layout(D, 4)

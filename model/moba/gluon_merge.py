@@ -42,7 +42,6 @@ def _gradient(
     OUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     LEFT: gl.constexpr = gl.DotOperandLayout(0, OUT, 2)
     ROW: gl.constexpr = gl.SliceLayout(1, OUT)
-    STORE: gl.constexpr = common.row_layout(D, 4)
     dtype: gl.constexpr = k_buf.dtype
     zero = gl.zeros([64, KEYS], gl.float32, SCORE)
     q = q_buf.index(HALF)
@@ -108,15 +107,8 @@ def _gradient(
                 fence_async_shared()
                 common.release(v_empty.index(at))
                 vs += 1
-        q.store((dq * softmax_scale).to(dtype))  # nothing reads q any more
-        common.thread_barrier()
-        token = first_row + gl.arange(0, 64, gl.SliceLayout(1, STORE))
-        at_row = (token.to(gl.int64) * H + head * G + g) * D
-        result = q.load(STORE)
-        fence_async_shared()
-        common.release(q_empty.index(0))
-        columns = gl.arange(0, D, gl.SliceLayout(0, STORE))
-        gl.store(dq_ptr + at_row[:, None] + columns[None, :], result, mask=(token < num_tokens)[:, None])
+        dq = dq * softmax_scale
+        own.store_tile(dq, q, q_empty.index(0), dq_ptr, first_row, head * G + g, num_tokens, H, D, dtype)
         num += 1  # noqa: SIM113 - kernels know no enumerate
 
 

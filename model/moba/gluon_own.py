@@ -12,7 +12,9 @@ from __future__ import annotations
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
+
+from model.moba import gluon_common as common
 
 VARYING = ["num_tiles", "num_tokens", "H", "first_head", "num_heads", "first_token", "tokens_per_head", "K"]
 
@@ -97,3 +99,20 @@ def stream(
                 tma.async_copy_global_to_shared(part_desc, [row, column], v_full.index(at), v_buf.index(at))
                 vs += 1
         num += 1  # noqa: SIM113 - kernels know no enumerate
+
+
+@gluon.jit
+def store_tile(
+    x, buf, empty, to_ptr, first_row, row_in_token, num_tokens, H, D: gl.constexpr, dtype: gl.constexpr
+):
+    """Rows x [64, D] of one consumer to [T, H, D], through its rows of q, which nothing reads any more."""
+    LAY: gl.constexpr = common.row_layout(D, 4)
+    buf.store(x.to(dtype))
+    common.thread_barrier()
+    token = first_row + gl.arange(0, 64, gl.SliceLayout(1, LAY))
+    at = (token.to(gl.int64) * H + row_in_token) * D
+    result = buf.load(LAY)
+    fence_async_shared()
+    common.release(empty)
+    columns = gl.arange(0, D, gl.SliceLayout(0, LAY))
+    gl.store(to_ptr + at[:, None] + columns[None, :], result, mask=(token < num_tokens)[:, None])

@@ -54,15 +54,6 @@ def _gather(
 
 
 @gluon.jit
-def _softmax(s, top, total, scale_log2):
-    """Running maximum and sum of a row after the scores s; p, and what earlier sums shrink by."""
-    new_top = gl.maximum(top, gl.max(s, 1) * scale_log2)
-    p = gl.exp2(s * scale_log2 - new_top[:, None])
-    decay = gl.exp2(top - new_top)
-    return p, decay, new_top, total * decay + gl.sum(p, 1)
-
-
-@gluon.jit
 def _attend(
     q_buf, k_buf, v_buf, to_buf, q_full, q_empty, k_full, k_empty, v_full, v_empty, part_ptr, lse_ptr, num_tiles,
     scale_log2, block_size, D: gl.constexpr, KEYS: gl.constexpr, STAGES: gl.constexpr, BUFFERS: gl.constexpr,
@@ -88,7 +79,7 @@ def _attend(
         score = warpgroup_mma(q, k_buf.index(slot).permute((1, 0)), zero, use_acc=False, is_async=True)
         s = warpgroup_mma_wait(0, deps=[score])
         common.release(k_empty.index(slot))
-        p, decay, top, total = _softmax(s, top, total, scale_log2)
+        p, decay, top, total = common.softmax(s, top, total, scale_log2)
         left = gl.convert_layout(p.to(dtype), LEFT)
         mbarrier.wait(v_full.index(slot), (step // STAGES) & 1)
         for _j in range(KEYS, block_size, KEYS):
@@ -101,7 +92,7 @@ def _attend(
             product = warpgroup_mma(left, v_buf.index(before), out, is_async=True)
             s = warpgroup_mma_wait(1, deps=[score])
             common.release(k_empty.index(slot))
-            p, decay, top, total = _softmax(s, top, total, scale_log2)
+            p, decay, top, total = common.softmax(s, top, total, scale_log2)
             following = gl.convert_layout(p.to(dtype), LEFT)
             # Waiting here for the values ends a basic block: ptxas moves the softmax behind the wait otherwise.
             mbarrier.wait(v_full.index(slot), phase)
