@@ -150,10 +150,8 @@ def _attend(
             K, top, total, out, STAGES, HALF, OUT,
         )  # fmt: skip
         gl.store(lse_ptr + row, top + gl.log2(total), mask=live)
-        q_free = q_empty.index(num % BUFFERS)
-        own.store_tile(
-            out * (1.0 / total)[:, None], q, q_free, out_ptr, first_row, head * G + g, num_tokens, H, D, dtype
-        )
+        out, free = out * (1.0 / total)[:, None], q_empty.index(num % BUFFERS)
+        own.store_tile(out, q, free, out_ptr, first_row, head * G + g, num_tokens, H, D, dtype)
         num += 1  # noqa: SIM113 - kernels know no enumerate
 
 
@@ -223,8 +221,7 @@ def combine(
 ) -> None:
     """As `triton_combine.combine` with partials; part [heads, tokens, G * K, D] without gaps."""
     H, D = q_THD.shape[1:]
-    G = H // k_THD.shape[1]
-    K = block_ids.shape[-1]
+    G, K = H // k_THD.shape[1], block_ids.shape[-1]
     num_tiles = ceil_div(len(tokens), TILE_ROWS) * len(heads) * G
     _combine_kernel[(min(common.programs(q_THD.device), num_tiles),)](
         common.token_rows(q_THD, HALF_ROWS),
