@@ -103,6 +103,12 @@ def _lean_class() -> Any:
                 self.optimizer.shrink = lambda: _shrink(self._global_grad_norm, limit)
             self.optimizer.veto = lambda: ~self._global_grad_norm.isfinite()
 
+        def destroy(self) -> None:
+            """Also lets go of the gradients' places: through them a parameter would keep all of this alive."""
+            for param in (param for group in self.bf16_groups for param in group):
+                vars(param).pop("gradient_sum", None)
+            super().destroy()
+
         @torch.no_grad()
         def _update_hp_grad(self, lp: Any, group_idx: int, param_idx: int, clear_lp_grads: bool) -> None:
             if lp.grad is None:
