@@ -22,7 +22,7 @@ from data.store import TokenStore
 log = logging.getLogger(__name__)
 
 PLANS_FOLDER = ".plans"  # in the folder of the set; may be deleted at any time
-_VERSION = 2  # of the tables: raised when they would come out otherwise
+_VERSION = 3  # of the tables: raised when they would come out otherwise
 
 Tables = dict[str, np.ndarray]
 

@@ -21,12 +21,13 @@ def run(config: StudyConfig) -> int:
 
     check_fields(config)
     if config.name == "list":
-        out = console()
+        from rich.table import Table
+
+        table = Table("study", "what it repeats", "in the MoBA report", "scales", box=None, pad_edge=False)
         for name in plan_names():
             plan = load_plan(name)
-            out.print(
-                f"[bold]{name}[/]  {plan.title} (MoBA report, {plan.paper}); scales: {', '.join(plan.scales)}"
-            )
+            table.add_row(f"[bold]{name}[/]", plan.title, plan.paper, ", ".join(plan.scales))
+        console().print(table)
         return 0
     from launch.study.run import run as run_study
 
