@@ -77,6 +77,20 @@ def one_pass(wanted: bool) -> tuple[jobs.Result, Tensor]:
     return result, torch.cat([flat.detach().float() for flat in kept])
 
 
+def freed() -> list[bool]:
+    """Whether optimizer and master weights of an engine are gone after its end."""
+    import gc
+    import weakref
+
+    run = jobs.make_run(jobs.tiny_config(1, "bf16"))
+    optimizer = run.engine.optimizer
+    gone = [weakref.ref(optimizer), *(weakref.ref(master) for master in optimizer.fp32_groups_flat_partition)]
+    run.engine.destroy()
+    del run, optimizer
+    gc.collect()
+    return [reference() is None for reference in gone]
+
+
 def moments_stay(zero_stage: int) -> list[bool]:
     """Whether a second reset of the optimizer leaves its moments where they lie, and at zero."""
     from train.state import _inner, _masters, reset_optimizer

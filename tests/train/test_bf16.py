@@ -35,6 +35,12 @@ def test_adamw_in_one_pass(pool2: GlooPool) -> None:
     torch.testing.assert_close(first, plain, rtol=2**-7, atol=0)  # the interpreter cuts digits off
 
 
+def test_an_engine_that_ended_is_gone(pool1: GlooPool) -> None:
+    """A run that rolls back builds another one in the same process."""
+    [gone] = pool1(jobs.freed)
+    assert len(gone) > 1 and all(gone)
+
+
 def test_joint_projections(pool2: GlooPool) -> None:
     """q, k and v as one product out of the optimizer's flat weights, its gradient into their flat sums."""
     (want, none), (got, joined) = pool2(jobs.joined, False)[0], pool2(jobs.joined, True)[0]
