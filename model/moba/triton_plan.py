@@ -48,7 +48,10 @@ def default_budget(num_tokens: int, num_heads: int, num_kv_heads: int, head_dim:
 def make_plan(
     num_tokens: int, num_heads: int, num_kv_heads: int, head_dim: int, slots: int, itemsize: int, budget: int
 ) -> Plan:
-    """The largest pieces that fit into `budget` bytes; the smallest possible ones if nothing does.
+    """The largest pieces that fit into `budget` bytes; where ids and lists alone fill it, pieces a sixteenth of those.
+
+    Many tokens with many blocks each come to that: 10M tokens with 60 blocks have 12 GB of ids and lists. Smaller
+    pieces would save little of it, and their number would set the time.
 
     Args:
         slots: K, past blocks per query and head. itemsize: bytes of one element of q.
@@ -68,7 +71,8 @@ def make_plan(
         passes = common.ceil_div(num_kv_heads, heads)
         return Plan(common.ceil_div(num_kv_heads, passes), num_tokens, keep)
     per_token = (num_heads // num_kv_heads) * slots * part
-    tokens = max(_TOKEN_STEP, (budget - pieces - _LIST_BYTES * pairs) // per_token)
+    lists = pieces + _LIST_BYTES * pairs
+    tokens = max(_TOKEN_STEP, lists // 16 // per_token, (budget - lists) // per_token)
     chunks = common.ceil_div(num_tokens, tokens)
     tokens = common.ceil_div(common.ceil_div(num_tokens, chunks), _TOKEN_STEP) * _TOKEN_STEP
     return Plan(1, min(tokens, num_tokens), keep)

@@ -31,3 +31,12 @@ def test_default_budget_is_a_quarter_of_dense_or_four_gib():
 
 def test_no_budget_is_the_finest_cut():
     assert make_plan(1000, 8, 2, 64, 3, 2, 1) == Plan(heads=1, tokens=128, keep_lists=False)
+
+
+def test_lists_that_fill_the_budget_do_not_cut_the_work_into_crumbs():
+    """10M tokens with 60 blocks each: by what the budget leaves, 81,920 pieces of 128 tokens."""
+    tokens, slots = 10 << 20, 59
+    plan = make_plan(tokens, 1, 1, 128, slots, 2, default_budget(tokens, 1, 1, 128, 2))
+    assert len(plan.token_ranges(tokens)) < 200
+    partials, lists = plan.tokens * slots * (128 * 2 + 4), tokens * slots * 16 + 4 * tokens * 128
+    assert partials < lists / 15
