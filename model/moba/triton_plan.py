@@ -48,7 +48,7 @@ def default_budget(num_tokens: int, num_heads: int, num_kv_heads: int, head_dim:
 def make_plan(
     num_tokens: int, num_heads: int, num_kv_heads: int, head_dim: int, slots: int, itemsize: int, budget: int
 ) -> Plan:
-    """The largest pieces that fit into `budget` bytes; where ids and lists alone fill it, pieces a sixteenth of those.
+    """The largest pieces that fit into `budget` bytes; where ids and lists fill it, pieces a sixteenth of those.
 
     Many tokens with many blocks each come to that: 10M tokens with 60 blocks have 12 GB of ids and lists. Smaller
     pieces would save little of it, and their number would set the time.
