@@ -36,23 +36,17 @@ def _fixed(report: Json, out: Path) -> list[str]:
         "|---|---|---|---|---|---|---|",
     ]
     for row in rows:
-        dense, valid = row["dense_fwd_ms"], not row.get("with_compiling")
-        blocks = row["seq_len"] // row["block_size"]
-        theirs, times = (
-            f"{dense:.4g}" if dense else "–",
-            f"{dense / row['fwd_ms']:.2f} ×" if dense and valid else "–",
-        )
-        ours = f"{row['fwd_ms']:.4g}" if valid else f"below {row['fwd_ms']:.4g}, with compiling"
-        what = f"{row['seq_len']:,} | {row['topk']} of {blocks} | {row['block_size']}"
-        lines.append(f"| {what} | {ours} | {theirs} | {times} | {row['error']:.1e} |")
-    dense_rows, rows = rows, [row for row in rows if not row.get("with_compiling")]
-    _draw(rows, dense_rows, out / "fixed-share.png")
+        dense, blocks = row["dense_fwd_ms"], row["seq_len"] // row["block_size"]
+        what = f"{row['seq_len']:,} | {row['topk']} of {blocks} | {row['block_size']} | {row['fwd_ms']:.4g}"
+        beside = f"{dense:.4g} | {dense / row['fwd_ms']:.2f} ×" if dense else "– | –"
+        lines.append(f"| {what} | {beside} | {row['error']:.1e} |")
+    _draw(rows, out / "fixed-share.png")
     return [
         f"**Fixed share of blocks**: forward pass of one head, head_dim 128, bf16, {report['gpu']}, commit "
         f"`{report['commit'][:7]}`, {report['date']}; dense is cuDNN in the same process; the error is that of "
         "sampled queries against fp32.",
         "\n".join(lines),
-        _exponents(rows, "fwd_ms", "dense_fwd_ms", "at a fixed share of blocks", BUSY, dense_rows),
+        _exponents(rows, "fwd_ms", "dense_fwd_ms", "at a fixed share of blocks", BUSY),
         "![time by length at a fixed share of blocks](fixed-share.png)",
     ]
 
@@ -95,32 +89,30 @@ def _steps(report: Json) -> list[str]:
     return ["**Whole steps**: `benchmarks/results/step-h200.json`, Llama-3.2-1B shape.", "\n".join(lines)]
 
 
-def _exponents(
-    rows: Sequence[Json], ours: str, dense: str, what: str, least: int = LONG, others: Sequence[Json] = ()
-) -> str:
-    """Fitted growth of both from `least` tokens on; dense attention's over `others`, where they are given."""
+def _exponents(rows: Sequence[Json], ours: str, dense: str, what: str, least: int = LONG) -> str:
+    """Fitted growth of both from `least` tokens on."""
     long = [row for row in rows if row["seq_len"] >= least]
     text = f"{what}: MoBA's time grows with length to the power "
     text += f"{growth([row['seq_len'] for row in long], [row[ours] for row in long]):.2f}"
-    both = [row for row in others or long if row[dense] and row["seq_len"] >= least]
+    both = [row for row in long if row[dense]]
     if len(both) >= 2:
         text += f", dense attention's {growth([r['seq_len'] for r in both], [r[dense] for r in both]):.2f}"
     return text + f" (from {least:,} tokens on)."
 
 
-def _draw(rows: Sequence[Json], dense_rows: Sequence[Json], path: Path) -> None:
+def _draw(rows: Sequence[Json], path: Path) -> None:
     from eval.plots import canvas, png_of
     from eval.style import LIGHT
 
     with canvas(LIGHT, 6.4, 4.2) as figure:
         axes = figure.add_subplot()
         axes.plot([r["seq_len"] for r in rows], [r["fwd_ms"] for r in rows], "o-", color=LIGHT.moba, label="MoBA")
-        both = [r for r in dense_rows if r["dense_fwd_ms"]]
+        both = [r for r in rows if r["dense_fwd_ms"]]
         axes.plot([r["seq_len"] for r in both], [r["dense_fwd_ms"] for r in both], "*-", color=LIGHT.full,
                   label="dense (cuDNN)")  # fmt: skip
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
-        lengths = sorted({r["seq_len"] for r in [*rows, *both]})
+        lengths = [r["seq_len"] for r in rows]
         axes.set_xticks(lengths, [f"{n / 2**20:g}M" if n >= 1 << 20 else f"{n >> 10}K" for n in lengths])
         axes.minorticks_off()
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
