@@ -27,7 +27,7 @@ _SDPA_ORDER = [
 ]
 # Under torch.use_deterministic_algorithms: cuDNN and the efficient kernel sum gradients in any order.
 _DETERMINISTIC = [SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
-_BLOCK, _MOST_BLOCKS = 4096, 64  # of MoBA as full attention; lists of more blocks take too much memory
+BLOCK, MOST_BLOCKS = 4096, 64  # of MoBA as full attention; lists of more blocks take too much memory
 
 
 def full_attention(
@@ -82,11 +82,11 @@ def full_attention(
 def _by_blocks(q_THD: Tensor, longest: int) -> bool:
     """Whether MoBA's kernels take these queries, with all blocks chosen: sums in a fixed order, and half the time
     of flash-attention 2 with that property."""
-    if q_THD.device.type != "cuda" or longest > _MOST_BLOCKS * _BLOCK:
+    if q_THD.device.type != "cuda" or longest > MOST_BLOCKS * BLOCK:
         return False
     from model.dispatch import resolve_backend
 
-    shape = {"head_dim": q_THD.shape[-1], "block_size": _BLOCK}
+    shape = {"head_dim": q_THD.shape[-1], "block_size": BLOCK}
     return resolve_backend("auto", device=q_THD.device, dtype=q_THD.dtype, **shape).name == "triton"
 
 
@@ -94,7 +94,7 @@ def _all_blocks(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, longest: in
     from model.moba.api import moba_attention  # which imports this module
 
     return moba_attention(
-        q, k, v, block_size=_BLOCK, topk=-(-longest // _BLOCK), cu_seqlens=cu_seqlens, max_seqlen=longest,
+        q, k, v, block_size=BLOCK, topk=-(-longest // BLOCK), cu_seqlens=cu_seqlens, max_seqlen=longest,
         softmax_scale=scale, backend="triton",
     )  # fmt: skip
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from model import full
 from model.memory import Job
 from model.schedule import LayerPlan
 from model.shapes import head_dim
@@ -40,6 +41,9 @@ def attention_bytes(job: Job, plan: LayerPlan) -> AttentionBytes:
     lse = 4 * heads * tokens
     past = 0 if plan.kind == "full" else min(plan.topk - 1, max(tokens - 1, 0) // plan.block_size)
     dense = plan.kind == "full" or plan.topk > max(tokens - 1, 0) // plan.block_size
+    if dense and job.engine.deterministic and job.cuda and job.seq_len <= full.BLOCK * full.MOST_BLOCKS:
+        past = (job.seq_len - 1) // full.BLOCK
+        return _moba(job, LayerPlan("moba", full.BLOCK, past + 1), past, lse)
     if dense:
         # cuDNN's backward sums dq in fp32, and keeps one more number per row.
         workspace = 4 * heads * tokens * (head_dim(job.model) + 1) if job.cuda else 0
