@@ -36,7 +36,7 @@ class AttentionBytes:
 
 def attention_bytes(job: Job, plan: LayerPlan) -> AttentionBytes:
     """Bytes of one layer's attention; heads are shared out over the sequence-parallel group, tokens are not."""
-    heads, _ = job.heads_here
+    heads, kv_heads = job.heads_here
     tokens = job.tokens
     lse = 4 * heads * tokens
     past = 0 if plan.kind == "full" else min(plan.topk - 1, max(tokens - 1, 0) // plan.block_size)
@@ -45,8 +45,9 @@ def attention_bytes(job: Job, plan: LayerPlan) -> AttentionBytes:
         past = (job.seq_len - 1) // full.BLOCK
         return _moba(job, LayerPlan("moba", full.BLOCK, past + 1), past, lse)
     if dense:
-        # cuDNN's backward sums dq in fp32, and keeps one more number per row.
-        workspace = 4 * heads * tokens * (head_dim(job.model) + 1) if job.cuda else 0
+        # cuDNN's backward sums dq in fp32, keeps one more number per row, and has dk, dv of every query head first.
+        wide, each = heads * tokens * head_dim(job.model), heads > kv_heads
+        workspace = 4 * (wide + heads * tokens) + 2 * job.itemsize * wide * each if job.cuda else 0
         return AttentionBytes(lse, backward=workspace)
     return _moba(job, plan, past, lse)
 
