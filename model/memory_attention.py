@@ -45,7 +45,7 @@ def attention_bytes(job: Job, plan: LayerPlan) -> AttentionBytes:
         past = (job.seq_len - 1) // full.BLOCK
         return _moba(job, LayerPlan("moba", full.BLOCK, past + 1), past, lse)
     if dense:
-        # cuDNN's backward sums dq in fp32, keeps one more number per row, and has dk, dv of every query head first.
+        # cuDNN's backward sums dq in fp32, keeps a number more per row, and has dk, dv of every query head first.
         wide, each = heads * tokens * head_dim(job.model), heads > kv_heads
         workspace = 4 * (wide + heads * tokens) + 2 * job.itemsize * wide * each if job.cuda else 0
         return AttentionBytes(lse, backward=workspace)
