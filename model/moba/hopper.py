@@ -172,11 +172,6 @@ def dkv(
     gluon_dkv_launch.dkv(*inputs, lists, list_lse, list_delta, table, reach, dk_THD, dv_THD, heads, softmax_scale)
 
 
-def _own_block(head_dim: int, part: Tensor | None, tiles: Tiles, which: str) -> bool:
-    """Whether the specialised kernel of the own block runs: blocks that one tile covers go to its twin."""
-    return part is not None and not tiles.stationary and _specialised(head_dim, MIN_BLOCK, which)
-
-
 def combine(
     q_THD: Tensor,
     k_THD: Tensor,
