@@ -104,7 +104,7 @@ def _by_size(figure: Any, arms: Arms) -> bool:
         x, means = mean_curve(full, 0)
         middle = sum(mean.value for mean in means) / len(means)
         left.plot(x, [mean.value - middle for mean in means], mark, color=LIGHT.full, markersize=3.5, label=size)
-        x, gaps = mean_curve(moba, 0, lambda own, at, what, full=full: difference(own, full, at, what))  # type: ignore[misc]
+        x, gaps = mean_curve(moba, 0, minus=full)
         right.errorbar(x, [gap.value for gap in gaps], yerr=[2 * (gap.documents or 0.0) for gap in gaps], fmt=mark,
                        color=LIGHT.moba, markersize=3.5, linewidth=1.2, elinewidth=0.7, label=size)  # fmt: skip
     right.axhline(0, color=LIGHT.faint, linewidth=1)
@@ -142,9 +142,7 @@ def _position(figure: Any, arms: Arms) -> bool:
         left.plot(x, [m.value for m in means], "o-", markersize=3.5, color=colour, label=key[-1], linewidth=1.5)
         if base is None or key[-1] == "full" or not seeds.keys() & base.keys():
             continue
-        x, gaps = mean_curve(
-            seeds, at, lambda own, where, what: difference(own, base, where, what) if base else None
-        )
+        x, gaps = mean_curve(seeds, at, minus=base)
         error = [2 * (gap.documents or 0.0) for gap in gaps]
         low = [gap.value - e for gap, e in zip(gaps, error, strict=True)]
         high = [gap.value + e for gap, e in zip(gaps, error, strict=True)]

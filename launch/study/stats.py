@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -147,9 +147,13 @@ def baseline_of(group: Group, key: Key) -> Key | None:
 
 
 def mean_curve(
-    seeds: dict[int, Json], at: int, of: Callable[[dict[int, Json], int, str], Mean | None] = mean_of
+    seeds: dict[int, Json], at: int, minus: dict[int, Json] | None = None
 ) -> tuple[list[float], list[Mean]]:
-    """Middles of the position buckets and the mean in each."""
+    """Middles of the position buckets and the mean in each; with `minus`, of the difference to those results."""
     edges = next(iter(seeds.values()))["losses"][at]["edges"]
     middles = [(a + b) / 2 for a, b in itertools.pairwise(edges)]
-    return middles, [mean for i in range(len(middles)) if (mean := of(seeds, at, str(i))) is not None]
+    means = [
+        mean_of(seeds, at, str(i)) if minus is None else difference(seeds, minus, at, str(i))
+        for i in range(len(middles))
+    ]
+    return middles, [mean for mean in means if mean is not None]

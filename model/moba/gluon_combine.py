@@ -84,8 +84,7 @@ def _attend(
     dtype: gl.constexpr = k_buf.dtype
     zero = gl.zeros([64, KEYS], gl.float32, SCORE)
     num = 0
-    ks = 0
-    vs = 0
+    ks, vs = 0, 0
     for tile in range(gl.program_id(0), num_tiles, gl.num_programs(0)):
         head, g, first = own.place_of(tile, first_head, num_heads, first_token, G)
         last = gl.minimum(first + 128, num_tokens) - 1
@@ -113,8 +112,7 @@ def _attend(
         left = gl.convert_layout(p.to(dtype), LEFT)
         mbarrier.wait(v_full.index(v_at), (vs // STAGES) & 1)
         for j in range(begin + KEYS, last + 1, KEYS):
-            ks += 1
-            vs += 1
+            ks, vs = ks + 1, vs + 1
             k_at = ks % STAGES
             before = v_at
             v_at = vs % STAGES
@@ -135,8 +133,7 @@ def _attend(
         product = warpgroup_mma(left, v_buf.index(v_at), out, is_async=True)
         out, left = warpgroup_mma_wait(0, deps=[product, left])
         common.release(v_empty.index(v_at))
-        ks += 1
-        vs += 1
+        ks, vs = ks + 1, vs + 1
         top = gl.convert_layout(top, ROW)
         total = gl.convert_layout(total, ROW)
         start = gl.convert_layout(start, ROW)

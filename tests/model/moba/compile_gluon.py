@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
-import tempfile
 from typing import Any
 
 import torch
@@ -16,7 +14,7 @@ import triton
 from triton.experimental.gluon._runtime import GluonASTSource
 
 from model.moba import gluon_combine, gluon_common, gluon_dkv, gluon_dq, gluon_merge, gluon_routed
-from tests.model.moba.compile_kernels import CUOBJDUMP, FLOAT, HALF, HOPPER, _loop_spills
+from tests.model.moba.compile_kernels import FLOAT, HALF, HOPPER, used
 
 
 def _type(name: str, rows: int, dim: int) -> str:
@@ -49,28 +47,9 @@ def examine(
     fixed = {(names.index(n),): value for n, value in constants.items()}
     source = GluonASTSource(kernel, signature, fixed, aligned)
     binary = triton.compile(source, target=HOPPER, options={"num_warps": 4, "maxnreg": work.max_registers})
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(binary.asm["cubin"])
-        file.flush()
-        usage, code = (
-            subprocess.run([str(CUOBJDUMP), flag, file.name], capture_output=True, text=True, check=True).stdout
-            for flag in ("-res-usage", "-sass")
-        )
-    found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
-    assert found is not None, usage
-    return {
-        "kernel": label,
-        "registers": int(found[1]),
-        "stack": int(found[2]),
-        "shared": binary.metadata.shared,
-        "hopper_mma": code.count("HGMMA"),
-        "old_mma": len(re.findall(r"[^G]HMMA", code)),
-        "dealt_registers": len(re.findall(r"USETMAXREG\.TRY_ALLOC", code)),
-        "loop_spills": _loop_spills(code),
-        "overlapped": _overlapped(code),
-        "serial": code.count("WARPGROUP.DEPBAR") >= code.count("HGMMA"),
-        "float_atomics": len(re.findall(r"\b(?:RED|ATOM|ATOMG)\.\S*(?:F32|F16|BF16)", code)),
-    }
+    found, code = used(binary)
+    dealt = len(re.findall(r"USETMAXREG\.TRY_ALLOC", code))
+    return {"kernel": label, "dealt_registers": dealt, "overlapped": _overlapped(code), **found}
 
 
 if __name__ == "__main__":

@@ -52,6 +52,11 @@ def examine(label: str, kernel: Any, constants: dict[str, Any], tile: common.Til
     }
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
     binary = triton.compile(source, target=HOPPER, options=tile.options)
+    return {"kernel": label, "warps": tile.warps, **used(binary)[0]}
+
+
+def used(binary: Any) -> tuple[dict[str, Any], str]:
+    """What a compiled kernel uses, and its machine code."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(binary.asm["cubin"])
         file.flush()
@@ -62,17 +67,15 @@ def examine(label: str, kernel: Any, constants: dict[str, Any], tile: common.Til
     found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
     assert found is not None, usage
     return {
-        "kernel": label,
         "registers": int(found[1]),
         "stack": int(found[2]),
         "shared": binary.metadata.shared,
-        "warps": tile.warps,
         "hopper_mma": code.count("HGMMA"),
         "old_mma": len(re.findall(r"[^G]HMMA", code)),
         "loop_spills": _loop_spills(code),
         "serial": code.count("WARPGROUP.DEPBAR") >= code.count("HGMMA"),
         "float_atomics": len(re.findall(r"\b(?:RED|ATOM|ATOMG)\.\S*(?:F32|F16|BF16)", code)),
-    }
+    }, code
 
 
 def _loop_spills(code: str) -> int:
