@@ -3,7 +3,8 @@
 Every process has a thread that writes `logs/heartbeat/rank-00003.json`: the step and part of it its main thread is
 in, since when, and the line of code. When a rank has not moved for `launch.timeout` seconds, its thread reads the
 files of all ranks, says which rank the others wait for, and ends the process with EXIT_STALLED; torchrun ends the
-rest. A process that is stopped or frozen writes no more, and is found by that.
+rest. A process that is stopped or frozen writes no more, and is found by that; it is killed, since torchrun would
+wait 30 seconds for it to answer a signal.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ import threading
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
+
+import psutil  # here: a thread that ends a stuck process must not wait for an import
 
 from conf.constants import EXIT_STALLED
 
@@ -108,12 +111,25 @@ class Watchdog:
     def _give_up(self) -> None:
         self._write()
         beats = read_beats(self._folder)
-        who = culprit(beats, time.time() - SILENT * self._interval) if beats else None
+        alive_after = time.time() - SILENT * self._interval
+        who = culprit(beats, alive_after) if beats else None
         if self._rank:
             time.sleep(1.0)  # rank 0 writes to the terminal; a moment later torchrun ends this process
         said = who.text() if who else f"rank {self._rank} does not move"
         print(f"error: no progress for {self._timeout:g} s (launch.timeout): {said}", file=sys.stderr, flush=True)
+        frozen = [process for beat in beats if beat.written < alive_after for process in _sibling(beat)]
+        for process in frozen:
+            process.kill()
         os._exit(EXIT_STALLED)
+
+
+def _sibling(beat: Beat) -> list[psutil.Process]:
+    """The process that wrote `beat`, if it has this one's parent: a worker of the same torchrun."""
+    try:
+        process = psutil.Process(beat.pid)
+        return [process] if beat.host == socket.gethostname() and process.ppid() == os.getppid() else []
+    except psutil.NoSuchProcess:
+        return []
 
 
 def _is_ours(path: Path) -> bool:

@@ -18,7 +18,7 @@ from conf.paths import RunPaths
 from launch.packages import ROOT
 from tests.launch.folders import save_texts
 
-ENDING = 40  # seconds beyond one and a half timeouts: torchrun gives a frozen process 30, polling takes some
+ENDING = 20  # seconds beyond one and a half timeouts: torchrun would give a frozen process 30, on top of polling
 
 # Imported by every interpreter that finds it. In the worker of rank 1 it waits for a checkpoint and strikes once.
 STRIKE = """
