@@ -125,15 +125,14 @@ def _stages(axes: Any, train: Sequence[Row], unit: float, theme: Theme) -> None:
 
 def loss_by_position(loss: dict[str, Any], theme: Theme) -> bytes | None:
     """Position-wise loss of the plans with error bands and power laws; beside it their paired difference."""
-    plans = {name: report for name, report in loss["plans"].items() if loss_points(report)}
-    if not plans:
+    curves = {name: points for name, report in loss["plans"].items() if (points := loss_points(report))}
+    if not curves:
         return None
-    difference = loss.get("difference")
-    panels = 2 if difference and loss_points(difference) else 1
+    difference = loss_points(loss["difference"]) if loss.get("difference") else None
+    panels = 2 if difference else 1
     with canvas(theme, 9.2, 3.9) as figure:
         left = figure.add_subplot(1, panels, 1)
-        for name, report in plans.items():
-            x, y, error = loss_points(report)  # type: ignore[misc]
+        for name, (x, y, error) in curves.items():
             colour = theme.of(name)
             left.fill_between(
                 x, _offset(y, error, -1), _offset(y, error, 1), color=colour, alpha=0.15, linewidth=0
@@ -148,9 +147,9 @@ def loss_by_position(loss: dict[str, Any], theme: Theme) -> bytes | None:
         left.set_xlabel("position in the document (tokens)")
         left.set_ylabel("loss (nats per token)")
         left.legend(loc="upper right", fontsize=8.5)
-        if panels == 2:
+        if difference:
             right = figure.add_subplot(1, 2, 2)
-            x, y, error = loss_points(difference)  # type: ignore[misc, arg-type]
+            x, y, error = difference
             right.axhline(0, color=theme.faint, linewidth=1)
             right.fill_between(
                 x, _offset(y, error, -1), _offset(y, error, 1), color=theme.moba, alpha=0.2, linewidth=0

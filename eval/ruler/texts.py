@@ -170,9 +170,10 @@ class Texts:
         return found
 
     def _file(self, names: tuple[str, ...], task: str, what: str) -> Path:
-        for name in names if self.folder is not None else ():
-            if (self.folder / name).is_file():  # type: ignore[operator]
-                return self.folder / name  # type: ignore[operator]
+        files = [self.folder / name for name in names] if self.folder is not None else []
+        for file in files:
+            if file.is_file():
+                return file
         raise UserError(f"{task} needs {what}, which is not shipped: set ruler.data=FOLDER with {names[0]} in it")
 
 
