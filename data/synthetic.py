@@ -1,4 +1,5 @@
-"""Retrieval tasks made up for training: needle, multikey, tracking and copy, at any length, from no files.
+"""Retrieval tasks made up for training, at any length, from no files: needle, multikey, tracking, copy, and two in
+the form of RULER's sentences with other words, lookup (needles) and chain (variables).
 
 The random stream of a document depends on (seed, task, length, index) and on a prefix that evaluation (RULER,
 `eval.ruler`) never uses; texts, names and keys are built otherwise than there, so that no prompt of an evaluation
@@ -8,6 +9,7 @@ can occur here.
 from __future__ import annotations
 
 import random
+import string
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 
@@ -25,6 +27,9 @@ _CONSONANTS, _VOWELS = "bdfgklmnprstvz", "aeiou"
 _WHO = ("The clerk", "A sailor", "My neighbour", "The old painter", "Nobody", "The night train", "Her brother")
 _DOES = ("looked at", "left", "remembered", "walked around", "counted", "drew", "asked about", "passed")
 _WHAT = ("the harbour", "a wet field", "three lamps", "the letter", "the stone bridge", "their garden", "the tide")
+_KINDS = ("secret", "lucky", "old", "green", "hidden", "royal", "first", "silent", "lost", "winter", "spare")
+_PLACES = ("named in the lines above", "given in the text", "found in these lines", "that the text tells us")
+_VERBS = ("SET", "LET", "DEF", "NAME", "PUT")
 _WHEN = ("before noon", "again", "in silence", "last winter", "for an hour", "on the way home", "without a word")
 
 Draft = tuple[str, str]  # text and answer
@@ -152,6 +157,45 @@ def _tracking(rng: random.Random, size: int) -> Draft:
     return "\n".join(lines) + question, f" {', '.join(names[: hops + 1])}."
 
 
+def _hayfield(rng: random.Random, size: int) -> list[str]:
+    """Lines of hay: the same every time, as RULER's noise, or others."""
+    if rng.random() < 0.5:
+        return [" ".join(_hay(rng) for _ in range(rng.randint(1, 3)))] * size
+    return [_hay(rng) for _ in range(size)]
+
+
+def _lookup(rng: random.Random, size: int) -> Draft:
+    """One to eight of the numbers hidden in hay, or among others of their kind, in sentences built as RULER's are, of other words."""
+    kind, place = " ".join(rng.sample(_KINDS, 2)), rng.choice(_PLACES)
+    count, crowded = min(rng.choice((1, 1, 2, 4, 8)), max(1, size // 2)), rng.random() < 0.4
+    keys: dict[str, str] = {}
+    while len(keys) < (size if crowded else count):
+        number = str(rng.randrange(10**4, 10 ** rng.randint(5, 8)))
+        keys.setdefault(f"{_word(rng, 2)}-{_word(rng, 2)}", number)
+    needles = [f"One of the {kind} numbers for {key} is: {value}." for key, value in keys.items()]
+    lines = needles if crowded else _hide(rng, _hayfield(rng, size), needles)
+    asked = rng.sample(list(keys), count)
+    text = f"Here and there below stand {kind} numbers, to be remembered.\n" + "\n".join(lines)
+    if count == 1:
+        what = f"he {kind} number for {asked[0]} {place}"
+        return f"{text}\nWhat is t{what}? T{what} is", f" {keys[asked[0]]}."
+    what = f"he {kind} numbers for {', '.join(asked[:-1])}, and {asked[-1]} {place}"
+    return f"{text}\nWhat are all t{what}? T{what} are", f" {', '.join(f'{key} {keys[key]}' for key in asked)}."
+
+
+def _chain(rng: random.Random, size: int) -> Draft:
+    """The names of one chain of assignments in hay, asked for as RULER does, in other words."""
+    verb, hops, value = rng.choice(_VERBS), rng.randint(2, 5), str(rng.randrange(10**4, 10**5))
+    names = list(dict.fromkeys("".join(rng.choices(string.ascii_uppercase, k=5)) for _ in range(hops + 1)))
+    steps = [f"{verb} {names[0]} = {value}", *(f"{verb} {b} = {verb} {a} " for a, b in pairwise(names))]
+    lines = _hide(rng, _hayfield(rng, size), steps)
+    question = (
+        f"\nQuestion: Which names come to the value {value} in these lines? Answer: Going by the chain in these "
+    )
+    count = f"lines, {len(names)} names come to the value {value}, and they are: "
+    return "\n".join(lines) + question + count, f" {' '.join(names)}."
+
+
 def _copy(rng: random.Random, size: int) -> Draft:
     text = " ".join(_word(rng, rng.randint(1, 4)) for _ in range(size))
     return f"Text:\n{text}\n\nThe same text again:", f"\n{text}\n"
@@ -162,4 +206,6 @@ TASKS: dict[str, Callable[[random.Random, int], Draft]] = {
     "multikey": _multikey,
     "tracking": _tracking,
     "copy": _copy,
+    "lookup": _lookup,
+    "chain": _chain,
 }

@@ -58,7 +58,7 @@ class ReadConfig:
 class SyntheticConfig:
     """Retrieval tasks made up for training: `source: synthetic`. Lengths are of whole documents."""
 
-    tasks: list[str] = field(default_factory=lambda: ["needle", "multikey", "tracking", "copy"])
+    tasks: list[str] = field(default_factory=lambda: ["needle", "multikey", "tracking", "copy"])  # lookup, chain
     lengths: list[int] = field(default_factory=lambda: [4096])  # each task in each length, nearly filled
     documents: int = 1000  # per task and length
     loss: str = "answer"  # answer | all: on which tokens loss is taken

@@ -11,7 +11,7 @@ from data.synthetic import STREAM, TASKS, draft, sample_rng
 from data.tokenizer import load_tokenizer, train_tokenizer
 from eval.ruler import sample as ruler
 
-LENGTHS = [256, 1000]
+LENGTHS = [800, 2000]
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +25,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def store(tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) -> TokenStore:
     out = tmp_path_factory.mktemp("set") / "set"
-    config = SyntheticConfig(lengths=LENGTHS, documents=6)
+    config = SyntheticConfig(tasks=list(TASKS), lengths=LENGTHS, documents=6)
     prepare(out, "synthetic", 0.1, TokenizerConfig(path=str(tokenizer)), progress=False, synthetic=config)
     return TokenStore(out, "train")
 
@@ -61,6 +61,23 @@ def test_documents_nearly_fill_their_length_and_can_be_answered(store: TokenStor
                     root = known[root]
                 assert (root == value[1]) == (name in names)
             kinds.add("tracking")
+        elif question := re.search(r"\n(What .*\?) The .* (?:is|are)$", text):
+            known = dict(re.findall(r"One of the \w+ \w+ numbers for (\S+) is: (\d+)\.", text))
+            asked = re.findall(r"\b[a-z]{4}-[a-z]{4}\b", question[1])
+            assert text.count("\n" + question[1]) == 1 and 1 <= len(asked) <= len(known)
+            assert answer == (
+                f" {known[asked[0]]}."
+                if len(asked) == 1
+                else f" {', '.join(f'{key} {known[key]}' for key in asked)}."
+            )
+            kinds.add("lookup")
+        elif value := re.search(r"they are: $", text):
+            names = answer.strip(" .").split()
+            known = dict(re.findall(r"[A-Z]+ ([A-Z]{5}) = (?:[A-Z]+ )?([A-Z]{5}|\d{5})", text))
+            assert set(names) == set(known) and str(len(names)) in text
+            assert [known[name] for name in names[1:]] == names[:-1]
+            assert f"come to the value {known[names[0]]}" in text
+            kinds.add("chain")
         else:
             assert text.startswith("Text:\n") and answer.strip() == text.split("\n")[1]
             kinds.add("copy")
@@ -80,7 +97,7 @@ def test_the_random_streams_are_not_those_of_evaluation(monkeypatch: pytest.Monk
         monkeypatch.undo()
     assert {seed.split("/")[0] for seed in seeds["train"]} == {STREAM}
     assert {seed.split("/")[0] for seed in seeds["ruler"]} == {"ruler"}
-    assert not seeds["train"] & seeds["ruler"] and len(seeds["train"]) == 2 * 7 * 3
+    assert not seeds["train"] & seeds["ruler"] and len(seeds["train"]) == 2 * (len(TASKS) + 3) * 3
 
 
 def test_no_text_of_an_evaluation_occurs() -> None:
@@ -91,11 +108,11 @@ def test_no_text_of_an_evaluation_occurs() -> None:
 
 def test_loss_on_everything_and_other_seeds(tokenizer: Path, store: TokenStore, tmp_path: Path) -> None:
     words = TokenizerConfig(path=str(tokenizer))
-    every = SyntheticConfig(lengths=LENGTHS, documents=6, loss="all")
+    every = SyntheticConfig(tasks=list(TASKS), lengths=LENGTHS, documents=6, loss="all")
     prepare(tmp_path / "all", "synthetic", 0.1, words, progress=False, synthetic=every)
     whole = TokenStore(tmp_path / "all", "train")
     assert whole.loss(0) is None and whole.num_docs == store.num_docs
-    other = SyntheticConfig(lengths=LENGTHS, documents=6, seed=1)
+    other = SyntheticConfig(tasks=list(TASKS), lengths=LENGTHS, documents=6, seed=1)
     prepare(tmp_path / "other", "synthetic", 0.1, words, progress=False, synthetic=other)
     texts = {text for _, text, _ in halves(store, tokenizer)}
     assert not texts & {text for _, text, _ in halves(TokenStore(tmp_path / "other", "train"), tokenizer)}
@@ -104,7 +121,7 @@ def test_loss_on_everything_and_other_seeds(tokenizer: Path, store: TokenStore, 
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (SyntheticConfig(tasks=["riddle"]), "choose from needle, multikey, tracking, copy"),
+        (SyntheticConfig(tasks=["riddle"]), "choose from needle, multikey, tracking, copy, lookup, chain"),
         (SyntheticConfig(lengths=[9]), "at least 64"),
         (SyntheticConfig(tasks=["tracking"], lengths=[70]), "synthetic.lengths=70 is too short for tracking"),
     ],
