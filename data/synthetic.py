@@ -165,7 +165,7 @@ def _hayfield(rng: random.Random, size: int) -> list[str]:
 
 
 def _lookup(rng: random.Random, size: int) -> Draft:
-    """One to eight of the numbers hidden in hay, or among others of their kind, in sentences built as RULER's are, of other words."""
+    """One to eight of the numbers hidden in hay, or among others: sentences as RULER's, of other words."""
     kind, place = " ".join(rng.sample(_KINDS, 2)), rng.choice(_PLACES)
     count, crowded = min(rng.choice((1, 1, 2, 4, 8)), max(1, size // 2)), rng.random() < 0.4
     keys: dict[str, str] = {}
