@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import tempfile
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -34,13 +34,20 @@ from model.shapes import num_parameters
 Json = dict[str, Any]
 
 
-def measure(run: Path, losses: Sequence[LossAt], tasks: Sequence[Sequence[str]], sets: dict[str, Path]) -> Json:
+def measure(
+    run: Path,
+    losses: Sequence[LossAt],
+    tasks: Sequence[Sequence[str]],
+    sets: dict[str, Path],
+    keep: Callable[[Json], None] = lambda found: None,
+) -> Json:
     """Load the newest checkpoint of `run` and measure it under full attention and its own MoBA, if any.
 
     Args:
         losses: with numbers in their text fields.
         tasks: overrides of `moba eval`, one list per suite.
         sets: prepared sets by the name that `LossAt.set` uses.
+        keep: called with what there is after each measurement.
     """
     source = find_source(run)
     plans = compared_plans(source, EvalConfig().attention)
@@ -49,9 +56,15 @@ def measure(run: Path, losses: Sequence[LossAt], tasks: Sequence[Sequence[str]],
         "checkpoint": source.name,
         "parameters": num_parameters(source.config),
         "plans": {name: describe(plan) for name, plan in plans.items()},
-        "losses": [_losses(loaded, plans, at, sets[at.set]) for at in losses],
-        "tasks": [_tasks(loaded, _own(plans), list(overrides), run) for overrides in tasks],
+        "losses": [],
+        "tasks": [],
     }
+    for at in losses:
+        found["losses"].append(_losses(loaded, plans, at, sets[at.set]))
+        keep(found)
+    for overrides in tasks:
+        found["tasks"].append(_tasks(loaded, _own(plans), list(overrides), run))
+        keep(found)
     return found
 
 

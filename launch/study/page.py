@@ -26,6 +26,7 @@ from launch.study.stats import (
     plan_difference,
     read_results,
 )
+from launch.study.task_page import table, task_parts, time_parts
 
 EARLIER = "earlier"  # folder beside a page: page and results of a plan that was superseded
 
@@ -59,7 +60,7 @@ def write_page(plan: Plan, config: StudyConfig, places: Places) -> Path:
             "## What was run",
             _run_text(plan, config, results),
             _text_text(places.out),
-            _arms_table(results),
+            _armstable(results),
         ]
     parts += ["## What differs from the paper", plan.differs, "## Again, at any size", _again(plan, config)]
     path = places.out / "README.md"
@@ -80,8 +81,7 @@ def _group_parts(name: str, group: Group, arms: Arms) -> list[str]:
         gap = size_gap(arms)
         fits += [f"- MoBA minus full, all sizes and seeds: {gap}"] if gap else []
         parts += ["**Power laws**, C in FLOPs of the dense parts:", "\n".join(fits)] if fits else []
-    parts += _task_parts(arms)
-    return parts
+    return parts + task_parts(name, arms) + time_parts(name, group, arms)
 
 
 def _loss_parts(name: str, group: Group, arms: Arms, at: int, place: Json) -> list[str]:
@@ -111,38 +111,11 @@ def _loss_parts(name: str, group: Group, arms: Arms, at: int, place: Json) -> li
     else:
         what = "answers of held-out conversations" if place["set"] == "chat" else "held-out documents"
         head = f"first {length} tokens of {count} {what}"
-    return [f"**{name}**: {head}", _table(titles, [row[: len(titles)] for row in rows])]
+    return [f"**{name}**: {head}", table(titles, [row[: len(titles)] for row in rows])]
 
 
 def _gap_text(gap: Any) -> str:
     return gap.signed + ("; one seed" if gap.seeds is None else "" if gap.resolved else "; not resolved")
-
-
-def _task_parts(arms: Arms) -> list[str]:
-    rows = []
-    for key, seeds in arms.items():
-        for seed, result in sorted(seeds.items()):
-            for task in result["tasks"]:
-                if "error" in task:
-                    rows.append([" ".join(key), str(seed), task["suite"], f"failed: {task['error']}"])
-                elif task["suite"] == "needle":
-                    for name, grid in task["grids"].items():
-                        cells = "; ".join(
-                            f"{length:,}: " + "/".join(f"{line[i]:.0f}" for line in grid)
-                            for i, length in enumerate(task["lengths"])
-                        )
-                        rows.append([" ".join(key), str(seed), f"needle, {name} (by depth)", cells])
-                else:
-                    for name, plan in task["plans"].items():
-                        cells = "; ".join(
-                            f"{int(n):,}: {_scores(v['scores'])}" for n, v in plan["lengths"].items()
-                        )
-                        rows.append([" ".join(key), str(seed), f"RULER, {name}", cells])
-    return [_table(["arm", "seed", "task", "percent"], rows)] if rows else []
-
-
-def _scores(scores: dict[str, float]) -> str:
-    return ", ".join(f"{task} {score:.0f}" for task, score in scores.items())
 
 
 def _run_text(plan: Plan, config: StudyConfig, results: Sequence[Json]) -> str:
@@ -184,7 +157,7 @@ def _text_text(out: Path) -> str:
     )
 
 
-def _arms_table(results: Sequence[Json]) -> str:
+def _armstable(results: Sequence[Json]) -> str:
     from model.shapes import num_parameters
 
     rows = []
@@ -210,7 +183,7 @@ def _arms_table(results: Sequence[Json]) -> str:
         "training loss, last tenth",
         "held-out loss",
     ]
-    return _table([*titles, "device seconds", "side by side"], rows)
+    return table([*titles, "device seconds", "side by side"], rows)
 
 
 def _seconds(train: Json) -> dict[str, float]:
@@ -221,11 +194,6 @@ def _seconds(train: Json) -> dict[str, float]:
 def _last_tenth(steps: list[list[Any]]) -> float:
     losses = [step[1] for step in steps[-max(1, len(steps) // 10) :]]
     return float(sum(losses) / len(losses))
-
-
-def _table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = ["| " + " | ".join(titles) + " |", "|" + "---|" * len(titles)]
-    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
 
 
 def _again(plan: Plan, config: StudyConfig) -> str:

@@ -43,6 +43,10 @@ class Places:
     def result_of(self, name: str) -> Path:
         return self.out / "arms" / f"{name}.json"
 
+    def unfinished(self, arm: Arm) -> Path:
+        """What is known of an arm that is being measured; gone when its result is there."""
+        return self.out / "unfinished" / f"{arm.name}.json"
+
     def sets(self) -> dict[str, Path]:
         """Every set by name, whether it is there or not."""
         return {name: self.data / name for name in SETS}

@@ -16,6 +16,7 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -98,16 +99,23 @@ def run_arm(arm: Arm, plan: Plan, config: StudyConfig, places: Places, start: St
     trained = time.perf_counter()
     losses = [_filled_loss(at, values) for at in group.losses]
     tasks = [filled(line.split(), values) for line in group.tasks]
-    measured = measure(out, losses, tasks, places.sets()) if losses or tasks else {}
     rows = [row for row in read_lines(RunPaths(out).metrics) if row["kind"] == "train"]
-    result = {
+    about = {
         "arm": arm.name, "group": arm.group, "seed": arm.seed, "choices": arm.choices, "scale": config.scale,
         "overrides": [*arm.overrides, *config.set], "starts": arm.starts, "workers": config.workers,
-        "environment": environment(_device_name()), "model": asdict(resolved.model), **measured,
-        "train": _training(rows),
-        "seconds": {"train": trained - began, "measure": time.perf_counter() - trained},
+        "environment": environment(_device_name()), "model": asdict(resolved.model),
     }  # fmt: skip
-    write_atomic(places.result(arm), (json.dumps(result, allow_nan=False) + "\n").encode())
+
+    def keep(path: Path, measured: Json) -> None:
+        seconds = {"train": trained - began, "measure": time.perf_counter() - trained}
+        result = {**about, **measured, "train": _training(rows), "seconds": seconds}
+        write_atomic(path, (json.dumps(result, allow_nan=False) + "\n").encode())
+
+    unfinished = places.unfinished(arm)  # of a run cut off while it measures: all until then
+    keep(unfinished, {})
+    measured = measure(out, losses, tasks, places.sets(), partial(keep, unfinished)) if losses or tasks else {}
+    keep(places.result(arm), measured)
+    unfinished.unlink()
 
 
 def _filled_loss(at: LossAt, values: Json) -> LossAt:

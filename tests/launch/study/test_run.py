@@ -1,18 +1,20 @@
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from pathlib import Path
 
 import pytest
 
+from conf.compose import compose
 from conf.constants import EXIT_REQUEUE
 from conf.errors import UserError
 from conf.schema import StudyConfig
 from launch.cli import main
-from launch.study import worker
+from launch.study import measure, worker
 from launch.study.places import Places
-from launch.study.plan import Arm, Plan
+from launch.study.plan import Arm, Plan, arms_of, load_plan
 from launch.study.speed_page import speed_parts
 from tests.launch.study.texts import make_packages
 
@@ -73,6 +75,31 @@ def test_only_what_is_missing_is_run_again(
     assert kept.stat().st_mtime_ns == before
     assert json.loads(lost.read_text())["losses"] == old["losses"]  # measured again, from the finished run
     assert "1 of 3 arms to run" in capfd.readouterr().out
+
+
+def test_an_arm_cut_off_while_it_is_measured_keeps_what_it_has(
+    study: tuple[Path, list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root, _ = study
+    out = tmp_path / "results"
+    shutil.copytree(root / "results" / "arms", out / "arms")
+    old = json.loads((out / "arms" / "train-moba-s0.json").read_text())
+    (out / "arms" / "train-moba-s0.json").unlink()
+    quoted = ",".join(f"'{line}'" for line in TINY)
+    config = compose(
+        "study",
+        ["name=trailing", "arms=[train-moba]", "seeds=[0]", f"set=[{quoted}]", f"out={out}",
+         f"runs={root / 'runs'}", f"dataset={root / 'data'}", "joined=false"],
+    )  # fmt: skip
+    plan, places = load_plan("trailing"), Places.of(config)
+    [arm] = [arm for arm in arms_of(plan, config) if arm.name == "train-moba-s0"]
+    monkeypatch.setattr(measure, "_tasks", lambda *of: (_ for _ in ()).throw(KeyboardInterrupt))
+    plan.groups["train"].tasks = ["suite=needle"]
+    with pytest.raises(KeyboardInterrupt):
+        worker.run_arm(arm, plan, config, places)
+    kept = json.loads(places.unfinished(arm).read_text())
+    assert not places.result(arm).exists()
+    assert kept["losses"] == old["losses"] and kept["train"] == old["train"]
 
 
 def test_no_arm_begins_after_its_time(study: tuple[Path, list[str]], capfd: pytest.CaptureFixture[str]) -> None:
