@@ -103,22 +103,21 @@ def runs_compiled(q_RHD: Tensor, num_kv_heads: int) -> bool:
 
 
 def _moba(q_RhGD: Tensor, cache: KVCache, layer: int, layer_plan: LayerPlan) -> Tensor:
-    blocks, chosen = _choose(q_RhGD, cache, layer, layer_plan)  # [R, h, G, topk] each
     keys, values = cache.keys[layer], cache.values[layer]
-    q_RHD = q_RhGD.flatten(1, 2)
+    q_RHD, size = q_RhGD.flatten(1, 2), layer_plan.block_size
     if runs_compiled(q_RHD, keys.shape[2]):
         from model import triton_decode_blocks
 
-        ids_RHK = torch.where(chosen, blocks, -1).int().flatten(1, 2)
-        size, last_R = layer_plan.block_size, cache.lengths_R
-        return triton_decode_blocks.attend(q_RHD, keys, values, last_R, ids_RHK, size).view_as(q_RhGD)
-    offsets = torch.arange(layer_plan.block_size, device=q_RhGD.device)
+        ids_RHK = _listed(q_RhGD, cache, layer, layer_plan)
+        return triton_decode_blocks.attend(q_RHD, keys, values, cache.lengths_R, ids_RHK, size).view_as(q_RhGD)
+    blocks, chosen = _choose(q_RhGD, cache, layer, layer_plan)  # [R, h, G, topk] each
+    offsets = torch.arange(size, device=q_RhGD.device)
     rows = torch.arange(keys.shape[0], device=q_RhGD.device)[:, None, None]
     heads = torch.arange(keys.shape[2], device=q_RhGD.device)[None, :, None]
     out = torch.empty_like(q_RhGD)
     for group in range(q_RhGD.shape[2]):  # one query head per kv head at a time bounds the gathered copies
-        tokens = (blocks[:, :, group, :, None] * layer_plan.block_size + offsets).flatten(2)
-        seen = chosen[:, :, group].repeat_interleave(layer_plan.block_size, dim=-1)
+        tokens = (blocks[:, :, group, :, None] * size + offsets).flatten(2)
+        seen = chosen[:, :, group].repeat_interleave(size, dim=-1)
         seen = seen & (tokens <= cache.lengths_R[:, None, None])
         tokens = tokens.clamp(max=cache.capacity - 1)
         k_RhKD, v_RhKD = keys[rows, tokens, heads], values[rows, tokens, heads]
@@ -126,6 +125,19 @@ def _moba(q_RhGD: Tensor, cache: KVCache, layer: int, layer_plan: LayerPlan) -> 
             q_RhGD[:, :, group, None], k_RhKD, v_RhKD, attn_mask=seen[:, :, None]
         )[:, :, 0]
     return out
+
+
+def _listed(q_RhGD: Tensor, cache: KVCache, layer: int, layer_plan: LayerPlan) -> Tensor:
+    """What `_choose` says, int32 [R, H, topk], -1 = none: by our kernels where they can."""
+    from model import triton_decode_choice
+
+    if layer_plan.choose == "moba":
+        means = cache.block_means(layer, layer_plan.block_size)
+        if means.shape[1] <= triton_decode_choice.MOST_BLOCKS:
+            last_R, q_RHD = cache.lengths_R, q_RhGD.flatten(1, 2)
+            return triton_decode_choice.choose(q_RHD, means, last_R, layer_plan.block_size, layer_plan.topk)
+    blocks, chosen = _choose(q_RhGD, cache, layer, layer_plan)
+    return torch.where(chosen, blocks, -1).int().flatten(1, 2)
 
 
 def _choose(q_RhGD: Tensor, cache: KVCache, layer: int, layer_plan: LayerPlan) -> tuple[Tensor, Tensor]:

@@ -26,7 +26,7 @@ from model.moba import triton_common as common
 _LOW = tl.constexpr(-1.0e30)  # running maximum before the first key: finite, so that nothing is inf - inf
 _DTYPES = (torch.bfloat16, torch.float16)
 _HEAD_DIMS = (64, 128)
-_ROWS = 16  # of the matrix product: the group's heads and, below them, nothing
+ROWS = 16  # of the matrix product: the group's heads and, below them, nothing
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,36 @@ class Split:
 
 
 TILE = Split(keys=16, warps=4, stages=1, programs=3) if common.INTERPRETED else Split(64, 4, 3, 4)
+
+
+@triton.jit
+def load_queries(q_ptr, first, G: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr):
+    """The G queries of group `first` as the first rows of [ROWS, D], and empty sums for them."""
+    g = tl.arange(0, ROWS)[:, None]
+    q = tl.load(q_ptr + (first * G + g) * D + tl.arange(0, D)[None, :], mask=g < G, other=0.0)
+    return q, tl.full([ROWS], _LOW, tl.float32), tl.zeros([ROWS], tl.float32), tl.zeros([ROWS, D], tl.float32)
+
+
+@triton.jit
+def add_keys(q, k, v, seen, scale_log2, top, total, out):
+    """Online softmax: adds keys and values [KEYS, D] to the sums of the queries; `seen` [ROWS or 1, KEYS]."""
+    score = tl.dot(q, k.T, input_precision="ieee") * scale_log2
+    score = tl.where(seen, score, float("-inf"))
+    new_top = tl.maximum(top, tl.max(score, 1))
+    p = tl.exp2(score - new_top[:, None])
+    decay = tl.exp2(top - new_top)
+    out = tl.dot(p.to(v.dtype), v, out * decay[:, None], input_precision="ieee")
+    return new_top, total * decay + tl.sum(p, 1), out
+
+
+@triton.jit
+def store_part(part_ptr, lse_ptr, to, top, total, out, G: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr):
+    """Partial results of the G queries, as `merge` reads them; -inf: no key was seen."""
+    g = tl.arange(0, ROWS)
+    some = tl.where(total > 0, total, 1.0)
+    at = to * G + g
+    tl.store(part_ptr + at[:, None] * D + tl.arange(0, D)[None, :], out / some[:, None], mask=(g < G)[:, None])
+    tl.store(lse_ptr + at, tl.where(total > 0, top + tl.log2(some), float("-inf")), mask=g < G)
 
 
 @triton.jit(do_not_specialize=["num_kv_heads", "num_splits"])
@@ -67,32 +97,18 @@ def _split_kernel(
     run = tl.cdiv(tl.cdiv(length, KEYS), num_splits) * KEYS
     begin = split * run
     end = tl.minimum(begin + run, length)
-    g = tl.arange(0, ROWS)
     d = tl.arange(0, D)
     n = tl.arange(0, KEYS)
     first = row.to(tl.int64) * num_kv_heads + head
-    q = tl.load(q_ptr + (first * G + g)[:, None] * D + d[None, :], mask=(g < G)[:, None], other=0.0)
+    q, top, total, out = load_queries(q_ptr, first, G, ROWS, D)
     base = row.to(tl.int64) * row_stride + head * D
-    top = tl.full([ROWS], _LOW, tl.float32)
-    total = tl.zeros([ROWS], tl.float32)
-    out = tl.zeros([ROWS, D], tl.float32)
     for j in tl.range(begin, end, KEYS):
         live = j + n < end
         at = base + (j + n).to(tl.int64)[:, None] * (num_kv_heads * D) + d[None, :]
         k = tl.load(k_ptr + at, mask=live[:, None], other=0.0)
         v = tl.load(v_ptr + at, mask=live[:, None], other=0.0)
-        score = tl.dot(q, k.T, input_precision="ieee") * scale_log2
-        score = tl.where(live[None, :], score, float("-inf"))
-        new_top = tl.maximum(top, tl.max(score, 1))
-        p = tl.exp2(score - new_top[:, None])
-        decay = tl.exp2(top - new_top)
-        total = total * decay + tl.sum(p, 1)
-        out = tl.dot(p.to(v.dtype), v, out * decay[:, None], input_precision="ieee")
-        top = new_top
-    seen = tl.where(total > 0, total, 1.0)
-    to = (first * num_splits + split) * G + g
-    tl.store(part_ptr + to[:, None] * D + d[None, :], out / seen[:, None], mask=(g < G)[:, None])
-    tl.store(lse_ptr + to, tl.where(total > 0, top + tl.log2(seen), float("-inf")), mask=g < G)
+        top, total, out = add_keys(q, k, v, live[None, :], scale_log2, top, total, out)
+    store_part(part_ptr, lse_ptr, first * num_splits + split, top, total, out, G, ROWS, D)
 
 
 @triton.jit(do_not_specialize=["num_splits"])
@@ -112,8 +128,8 @@ def _merge_kernel(part_ptr, lse_ptr, out_ptr, num_splits, G: tl.constexpr, SPLIT
 
 def refusal(q_RHD: Tensor, num_kv_heads: int) -> str | None:
     """Why the kernels cannot take these queries, or None."""
-    if q_RHD.shape[1] > _ROWS * num_kv_heads:
-        return f"takes up to {_ROWS} query heads per key head, not {q_RHD.shape[1] // num_kv_heads}"
+    if q_RHD.shape[1] > ROWS * num_kv_heads:
+        return f"takes up to {ROWS} query heads per key head, not {q_RHD.shape[1] // num_kv_heads}"
     if q_RHD.device.type != "cuda":
         return f"runs on CUDA, not on {q_RHD.device.type}"
     if q_RHD.dtype not in _DTYPES or q_RHD.shape[-1] not in _HEAD_DIMS:
@@ -146,8 +162,8 @@ def attend(
     R, H, D = q_RHD.shape
     L, Hkv = k_RLHD.shape[1:3]
     G = H // Hkv
-    if G > _ROWS:
-        raise ValueError(f"{G} query heads per key head: at most {_ROWS}")
+    if G > ROWS:
+        raise ValueError(f"{G} query heads per key head: at most {ROWS}")
     device = q_RHD.device
     splits = num_splits(R * Hkv, L, multiprocessors(device), tile)
     part = torch.empty((R, Hkv, splits, G, D), dtype=torch.float32, device=device)
@@ -166,7 +182,7 @@ def attend(
         Hkv,
         splits,
         G=G,
-        ROWS=_ROWS,
+        ROWS=ROWS,
         KEYS=tile.keys,
         D=D,
         num_warps=tile.warps,

@@ -20,6 +20,7 @@ if not torch.cuda.is_available():
         importlib.import_module("model.moba.triton_table")
         importlib.import_module("model.triton_decode")
         importlib.import_module("model.triton_decode_blocks")
+        importlib.import_module("model.triton_decode_choice")
         importlib.import_module("model.triton_loss")
         importlib.import_module("train.triton_adamw")
     except ImportError:  # no Triton here: its tests say so

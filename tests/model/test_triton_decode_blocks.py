@@ -67,6 +67,21 @@ def test_matches_the_oracle(
 
 
 @interpreted
+@pytest.mark.usefixtures("nan_memory")
+def test_what_heads_share_and_what_they_do_not() -> None:
+    """Lists that are equal, overlap in part and not at all; keys of blocks nobody chose are never read."""
+    q, k, v = inputs(1, 400, 16, 2, 16)
+    ids = torch.tensor(
+        [[24, 3, 7]] * 8 + [[24, 1 + h, 10 - h] for h in range(4)] + [[24, 11 + h, -1] for h in range(4)]
+    )
+    ids = ids.int()[None]
+    for block in range(15, 24):
+        k[:, block * 16 : block * 16 + 16] = v[:, block * 16 : block * 16 + 16] = float("nan")
+    out = attend(q, k, v, torch.tensor([391]), ids, 16, tile=Split(keys=16, warps=4, stages=1, programs=3))
+    assert_close(out, oracle(q, k, v, [391], ids, 16), "out")
+
+
+@interpreted
 def test_the_scale_is_used() -> None:
     q, k, v = inputs(1, 80, 4, 2, 16)
     ids, place = listed([70], 4, 16, 3), torch.tensor([70])
