@@ -10,10 +10,11 @@ from conf.schema import StudyConfig
 from launch.study.plan import Arm, Group, load_plan, scale_of
 
 RESULTS = Path("docs/results")
-SETS = ("text", "chat", "synthetic", "synthetic_short")
+SETS = ("text", "chat", "synthetic", "synthetic_short", "synthetic_copy")
 RECIPES = {
     "recipe=study": ["text"],
     "recipe=study_base": ["text"],
+    "recipe=study_copy": ["text", "synthetic_copy"],
     "recipe=study_sft": ["chat"],
     "recipe=study_retrieval": ["text", "synthetic", "synthetic_short"],
     "recipe=study_extend": ["text", "synthetic", "synthetic_short"],
