@@ -31,8 +31,9 @@ STEP, TILE_ROWS = 128, 128
 MIN_BLOCK = 256
 MIN_COMBINE = 128
 MIN_MERGE = 1024
+FUSED_BLOCK = 128  # dk, dv and partial dq in one kernel: a program holds a whole block
 # At head_dim 64 the exponentials bound the forward pass, and dq is up to 5 % slower than its twin; dk, dv gains.
-HEAD_DIMS = {"routed": (128,), "dq": (128,), "dkv": (64, 128), "combine": (128,), "merge": (128,)}
+HEAD_DIMS = {"routed": (128,), "dq": (128,), "dkv": (64, 128), "fused": (128,), "combine": (128,), "merge": (128,)}
 _off = False
 _log = logging.getLogger(__name__)
 
@@ -63,6 +64,8 @@ def refusal(head_dim: int, block_size: int, which: str) -> str | None:
         return "switched off"
     if head_dim not in HEAD_DIMS[which]:
         return f"head_dim {head_dim}"
+    if which == "fused":
+        return _unusable() if block_size == FUSED_BLOCK else f"blocks of {block_size} are not of {FUSED_BLOCK}"
     least = {"combine": MIN_COMBINE, "merge": MIN_MERGE}.get(which, MIN_BLOCK)
     if block_size < least or block_size % STEP:
         return f"blocks of {block_size} are below {least} or no multiple of {STEP}"
@@ -71,7 +74,8 @@ def refusal(head_dim: int, block_size: int, which: str) -> str | None:
 
 def explain(head_dim: int, block_size: int) -> str:
     """One line: which kernels run the passes over lists of such a shape, and why."""
-    why = {which: refusal(head_dim, block_size, which) for which in HEAD_DIMS}
+    passes = [which for which in HEAD_DIMS if which != "fused" or block_size <= FUSED_BLOCK]
+    why = {which: refusal(head_dim, block_size, which) for which in passes}
     twins = ", ".join(f"{which}: {reason}" for which, reason in why.items() if reason is not None)
     specialised = ", ".join(which for which, reason in why.items() if reason is None)
     return f"warp-specialised: {specialised or 'none'}; Triton: {twins or 'none'}"
@@ -159,16 +163,23 @@ def dkv(
     tile: Tile,
     pointers: bool = False,
 ) -> None:
-    """dk, dv of some key heads; arguments of `triton_dkv.dkv`."""
+    """dk, dv of some key heads, fused with partial dq where `part` is given; arguments of `triton_dkv.dkv`."""
     inputs = (q_THD, k_THD, v_THD, dout_THD, sums)
-    bare = lists is None or list_lse is None or list_delta is None or part is not None
-    if bare or not _specialised(q_THD.shape[-1], table.block_size, "dkv"):
+    which = "dkv" if part is None else "fused"
+    bare = lists is None or list_lse is None or list_delta is None
+    if bare or not _specialised(q_THD.shape[-1], table.block_size, which):
         triton_dkv.dkv(*inputs, lists, list_lse, list_delta, part, table, reach, dk_THD, dv_THD, heads,
                        softmax_scale, tile, pointers)  # fmt: skip
         return
+    assert lists is not None and list_lse is not None and list_delta is not None
+    if part is not None:
+        from model.moba import gluon_fused_launch
+
+        gluon_fused_launch.dkv(*inputs, lists, list_lse, list_delta, part, table, reach, dk_THD, dv_THD, heads,
+                               softmax_scale)  # fmt: skip
+        return
     from model.moba import gluon_dkv_launch
 
-    assert lists is not None and list_lse is not None and list_delta is not None
     gluon_dkv_launch.dkv(*inputs, lists, list_lse, list_delta, table, reach, dk_THD, dv_THD, heads, softmax_scale)
 
 

@@ -13,7 +13,7 @@ import torch
 import triton
 from triton.experimental.gluon._runtime import GluonASTSource
 
-from model.moba import gluon_combine, gluon_common, gluon_dkv, gluon_dq, gluon_merge, gluon_routed
+from model.moba import gluon_combine, gluon_common, gluon_dkv, gluon_dq, gluon_fused, gluon_merge, gluon_routed
 from tests.model.moba.compile_kernels import FLOAT, HALF, HOPPER, used
 
 
@@ -36,6 +36,13 @@ def _overlapped(code: str) -> int:
     return min((part.count("MUFU.EX2") for part in between), default=0)
 
 
+def _exposed(code: str) -> int:
+    """The most exponentials between a wait that leaves no matrix product under way and the next wait."""
+    text = " ".join(re.findall(r"\*/\s+(.*?);", code))
+    after = re.split(r"DEPBAR\.LE gsb0, ", text)[1:]
+    return max((part.count("MUFU.EX2") for part in after if part.startswith("0x0")), default=0)
+
+
 def examine(
     label: str, kernel: Any, constants: dict[str, Any], rows: int, work: gluon_common.Work
 ) -> dict[str, Any]:
@@ -49,7 +56,8 @@ def examine(
     binary = triton.compile(source, target=HOPPER, options={"num_warps": 4, "maxnreg": work.max_registers})
     found, code = used(binary)
     dealt = len(re.findall(r"USETMAXREG\.TRY_ALLOC", code))
-    return {"kernel": label, "dealt_registers": dealt, "overlapped": _overlapped(code), **found}
+    return {"kernel": label, "dealt_registers": dealt, "overlapped": _overlapped(code), "exposed": _exposed(code),
+            **found}  # fmt: skip
 
 
 if __name__ == "__main__":
@@ -60,6 +68,7 @@ if __name__ == "__main__":
         ("dkv", gluon_dkv._dkv_kernel, gluon_dkv.constants(128, 4, True), half, gluon_dkv.WORK),
         ("combine", gluon_combine._combine_kernel, gluon_combine.constants(128, 4), keys, gluon_combine.WORK),
         ("merge", gluon_merge._merge_kernel, gluon_merge.constants(128, 4), keys, gluon_merge.WORK),
+        ("fused", gluon_fused._fused_kernel, gluon_fused.constants(128, 4, True), half, gluon_fused.WORK),
         ("dkv64", gluon_dkv._dkv_kernel, gluon_dkv.constants(64, 4, True), half, gluon_dkv.WORK),
     ):
         print(json.dumps(examine(*job)), flush=True)

@@ -21,6 +21,9 @@ def test_specialised_kernels_where_they_were_measured_to_win(usable):
     assert _specialised(128, 1024) == _specialised(128, 4096) == PASSES
     assert _specialised(128, 256) == _specialised(128, 896) == PASSES[:-1]
     assert _specialised(128, 128) == ("combine",)
+    assert hopper.refusal(128, 128, "fused") is None
+    assert "routed, dq, dkv" not in hopper.explain(128, 128) and "fused, combine; " in hopper.explain(128, 128)
+    assert hopper.refusal(64, 128, "fused") == "head_dim 64"
     assert _specialised(64, 512) == ("dkv",)
     assert hopper.explain(128, 4096) == "warp-specialised: routed, dq, dkv, combine, merge; Triton: none"
     others = ", ".join(f"{which}: head_dim 64" for which in PASSES if which != "dkv")
@@ -31,6 +34,7 @@ def test_specialised_kernels_where_they_were_measured_to_win(usable):
 def test_the_twins_elsewhere_and_why(usable, block_size):
     assert _specialised(128, block_size) == _specialised(64, block_size) == ()
     assert f"blocks of {block_size} are" in hopper.explain(128, block_size)
+    assert hopper.refusal(128, block_size, "fused") == f"blocks of {block_size} are not of 128"
 
 
 @pytest.mark.parametrize(("version", "runs"), [("3.6.0", True), ("3.7.1", False), ("3.60.0", False)])
