@@ -21,7 +21,7 @@ from model.moba.hopper import combine, dkv, dq_partials, merge_dq, routed
 from model.moba.triton_cuts import Cuts, segment_length
 from model.moba.triton_lists import Lists, build_lists
 from model.moba.triton_plan import Plan, default_budget, make_plan
-from model.moba.triton_reach import Reach, build_reach
+from model.moba.triton_reach import Reach, build_reach, seldom
 from model.moba.triton_sums import RowSums, fill_list_sums
 
 
@@ -99,7 +99,7 @@ class _Attend(torch.autograd.Function):
 def reach_of(table: BlockTable, head_dim: int) -> Reach:
     """What runs without lists: nothing but own blocks where lists were measured to be faster."""
     tiles = common.tiles_for(head_dim, table.block_size, table.block_start.numel())
-    return build_reach(table, table.complete_past if tiles.reach else 0)
+    return build_reach(table, table.complete_past if tiles.reach and not seldom(table) else 0)
 
 
 def forward_pass(

@@ -11,7 +11,7 @@ from model.moba.blocks import build_block_table
 from model.moba.reference import reference_attend
 from model.moba.triton_gate import choose
 from model.moba.triton_op import attend
-from model.moba.triton_reach import build_reach
+from model.moba.triton_reach import build_reach, seldom
 from tests.model.moba.cases import NAMES, borders, make_qkv, run
 from tests.tolerances import assert_close
 
@@ -100,3 +100,18 @@ def test_gpu(case):
     for other in (once(topk - 1), once(topk - 1), once(topk - 1, budget=1)):
         for label, a, b in zip(NAMES, first, other, strict=True):
             assert torch.equal(a, b), label
+
+
+@pytest.mark.parametrize(
+    ("lengths", "size", "past", "few"),
+    [
+        ([8192], 512, 7, False),
+        ([32768], 512, 7, True),
+        ([4096] * 8, 512, 7, False),
+        ([32768], 128, 7, False),
+        ([32768], 512, 0, True),
+    ],
+)
+def test_queries_without_lists_are_seldom_in_long_documents(lengths, size, past, few):
+    table = build_block_table(borders(lengths), sum(lengths), size)
+    assert seldom(dataclasses.replace(table, complete_past=past)) is few
