@@ -15,6 +15,7 @@ from launch.study.places import Places
 from launch.study.plan import Group, Plan, arms_of
 from launch.study.sets import TEXT
 from launch.study.stats import (
+    UNFINISHED,
     Arms,
     Json,
     baseline_of,
@@ -136,6 +137,9 @@ def _run_text(plan: Plan, config: StudyConfig, results: Sequence[Json]) -> str:
         "arms of a study that ran side by side (column), and studies that ran at the same time, shared the GPU: "
         "their seconds compare with nothing."
     )
+    cut = [result["arm"] for result in results if result.get("cut")]
+    if cut:
+        text += f" Cut off by the limit of time after what is shown (`{UNFINISHED}/*.json`): {', '.join(cut)}."
     return text + (f" Planned and not run, for lack of device time: {', '.join(missing)}." if missing else "")
 
 

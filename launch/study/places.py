@@ -8,6 +8,7 @@ from pathlib import Path
 
 from conf.schema import StudyConfig
 from launch.study.plan import Arm, Group, load_plan, scale_of
+from launch.study.stats import UNFINISHED
 
 RESULTS = Path("docs/results")
 SETS = ("text", "chat", "synthetic", "synthetic_short", "synthetic_copy")
@@ -46,7 +47,7 @@ class Places:
 
     def unfinished(self, arm: Arm) -> Path:
         """What is known of an arm that is being measured; gone when its result is there."""
-        return self.out / "unfinished" / f"{arm.name}.json"
+        return self.out / UNFINISHED / f"{arm.name}.json"
 
     def sets(self) -> dict[str, Path]:
         """Every set by name, whether it is there or not."""

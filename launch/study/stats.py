@@ -11,6 +11,7 @@ from typing import Any
 
 from launch.study.plan import Group
 
+UNFINISHED = "unfinished"  # folder beside `arms` for arms that are being measured
 Json = dict[str, Any]
 Key = tuple[str, ...]  # choices of an arm, in the order of the group's axes
 Arms = dict[Key, dict[int, Json]]  # choices -> seed -> result
@@ -49,8 +50,18 @@ class Mean:
 
 
 def read_results(folder: Path) -> list[Json]:
-    """The results of all finished arms, by name; in each as `start` that of the arm it started from, or None."""
+    """The results of all arms, by name; in each as `start` that of the arm it started from, or None.
+
+    Arms that were cut off while they were measured, but have all their losses, are among them, as `cut`.
+    """
     found = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("arms/*.json"))]
+    expected = {result["group"]: len(result.get("losses", ())) for result in found}
+    done = {result["arm"] for result in found}
+    for path in sorted(folder.glob(f"{UNFINISHED}/*.json")):
+        result = json.loads(path.read_text(encoding="utf-8"))
+        if result["arm"] not in done and len(result.get("losses", ())) == expected.get(result["group"], -1):
+            found.append(result | {"cut": True})
+    found.sort(key=lambda result: str(result["arm"]))
     named = {result["arm"]: result for result in found}
     return [result | {"start": named.get(result["starts"])} for result in found]
 

@@ -69,8 +69,7 @@ def _scores_of(task: Json) -> list[tuple[str, int, float]]:
                 column = [line[at] for line in grid]
                 found.append((f"needles, {plan}", length, sum(column) / len(column)))
                 found += [
-                    (f"{DEPTH}{depth}", length, score)
-                    for depth, score in zip(task["depths"], column, strict=True)
+                    (f"{DEPTH}{depth}", length, score) for depth, score in zip(task["depths"], column, strict=True)
                 ]
         return found
     for plan, lengths in task["plans"].items():

@@ -24,8 +24,9 @@ def test_pages_are_what_their_results_say(name: str, tmp_path: Path) -> None:
     if (RESULTS / name / "arms").is_dir():
         shutil.copytree(RESULTS / name / "arms", tmp_path / "arms")
     shutil.copy(RESULTS / name / "text.json", tmp_path)
-    if (RESULTS / name / "earlier").is_dir():
-        shutil.copytree(RESULTS / name / "earlier", tmp_path / "earlier")
+    for folder in ("earlier", "unfinished"):
+        if (RESULTS / name / folder).is_dir():
+            shutil.copytree(RESULTS / name / folder, tmp_path / folder)
     config = StudyConfig(name=name, scale="h200", out=str(tmp_path))
     page = write_page(load_plan(name), config, Places.of(config))
     assert page.read_text(encoding="utf-8") == (RESULTS / name / "README.md").read_text(encoding="utf-8")

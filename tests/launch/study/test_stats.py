@@ -1,12 +1,14 @@
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from launch.study.plan import Group
 from launch.study.speed import growth
-from launch.study.stats import baseline_of, by_choice, difference, mean_of, plan_difference, stderr
+from launch.study.stats import baseline_of, by_choice, difference, mean_of, plan_difference, read_results, stderr
 
 
 def result(losses: list[float], kind: str = "moba", seed: int = 0, full: float = 0.0) -> dict[str, Any]:
@@ -71,3 +73,17 @@ def test_arms_stand_in_the_order_of_the_plan() -> None:
 
 def test_growth_is_the_exponent() -> None:
     assert growth([1, 2, 4, 8], [3.0, 12.0, 48.0, 192.0]) == pytest.approx(2.0)
+
+
+def test_arms_cut_off_behind_their_losses_are_kept(tmp_path: Path) -> None:
+    losses: list[dict[str, Any]] = [{}, {}]
+    for folder, name, kept in (
+        ("arms", "b", losses),
+        ("unfinished", "a", losses),
+        ("unfinished", "c", losses[:1]),
+    ):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        result = {"arm": name, "group": "train", "starts": "", "losses": kept}
+        (tmp_path / folder / f"{name}.json").write_text(json.dumps(result))
+    (tmp_path / "unfinished" / "b.json").write_text((tmp_path / "arms" / "b.json").read_text())  # done since then
+    assert [(r["arm"], r.get("cut", False)) for r in read_results(tmp_path)] == [("a", True), ("b", False)]
