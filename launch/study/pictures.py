@@ -12,7 +12,7 @@ from eval.plots import canvas, png_of
 from eval.style import LIGHT
 from launch.study.laws import dense_flops, laws, use_of_context
 from launch.study.plan import Plan
-from launch.study.stats import Arms, Json, Key, by_choice, difference, longest, mean_curve, mean_of
+from launch.study.stats import Arms, Json, Key, by_choice, difference, longest, mean_curve, mean_of, stderr
 
 COLOURS = {"full": LIGHT.full, "moba": LIGHT.moba, "hybrid": "#2f8f5b"}
 COLOURS |= {"2of8": LIGHT.moba, "32of128": "#2f8f5b"}
@@ -38,6 +38,8 @@ def draw_all(name: str, plan: Plan, results: Sequence[Json], out: Path) -> list[
             save(f"use-{group}.png", 5.0, 3.5, partial(_use, arms=arms))
         if name in ("trailing", "extension"):
             save(f"position-{group}.png", 8.4, 3.5, partial(_position, arms=arms))
+        if name == "extension":
+            save(f"needles-{group}.png", 8.4, 3.0, partial(_needles, arms=arms))
         if name == "trailing":
             save(f"switch-{group}.png", 8.4, 3.2, partial(_switch, arms=arms))
         if name == "granularity":
@@ -156,6 +158,32 @@ def _position(figure: Any, arms: Arms) -> bool:
     for axes in (left, right):
         axes.set_xlabel("position in the document (tokens)")
         if axes.get_legend_handles_labels()[0]:
+            axes.legend(fontsize=8.5)
+    return True
+
+
+def _needles(figure: Any, arms: Arms) -> bool:
+    """Needles found by depth, a panel per length: means over seeds, with their standard errors."""
+    grids = {
+        key: [task for result in seeds.values() for task in result["tasks"] if task.get("grids")]
+        for key, seeds in arms.items()
+    }
+    if not all(grids.values()):
+        return False
+    some = next(iter(grids.values()))[0]
+    for at, length in enumerate(some["lengths"]):
+        axes = figure.add_subplot(1, len(some["lengths"]), at + 1)
+        for key, tasks in grids.items():
+            found = [[line[at] for line in next(iter(task["grids"].values()))] for task in tasks]
+            by_depth = list(zip(*found, strict=True))
+            axes.errorbar(some["depths"], [sum(one) / len(one) for one in by_depth], fmt="o-", markersize=3.5,
+                          yerr=[stderr(one) or 0.0 for one in by_depth], capsize=2, linewidth=1.4,
+                          color=COLOURS.get(key[-1], LIGHT.accent), label=key[-1])  # fmt: skip
+        axes.set_ylim(-5, 105)
+        axes.set_title(f"{length:,} tokens", fontsize=9)
+        axes.set_xlabel("depth of the needle (percent)")
+        if not at:
+            axes.set_ylabel("found (percent)")
             axes.legend(fontsize=8.5)
     return True
 
