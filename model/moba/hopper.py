@@ -30,10 +30,18 @@ STEP, TILE_ROWS = 128, 128
 # Blocks from which on each pass was measured to gain.
 MIN_BLOCK = 256
 MIN_COMBINE = 128
-MIN_MERGE = 1024
+MIN_MERGE = {64: 128, 128: 256}  # by head_dim
+MAX_OWN = {64: 512}  # combine, merge: by head_dim; larger blocks were not measured
 FUSED_BLOCK = 128  # dk, dv and partial dq in one kernel: a program holds a whole block
 # At head_dim 64 the exponentials bound the forward pass, and dq is up to 5 % slower than its twin; dk, dv gains.
-HEAD_DIMS = {"routed": (128,), "dq": (128,), "dkv": (64, 128), "fused": (128,), "combine": (128,), "merge": (128,)}
+HEAD_DIMS = {
+    "routed": (128,),
+    "dq": (128,),
+    "dkv": (64, 128),
+    "fused": (128,),
+    "combine": (64, 128),
+    "merge": (64, 128),
+}
 _off = False
 _log = logging.getLogger(__name__)
 
@@ -66,9 +74,11 @@ def refusal(head_dim: int, block_size: int, which: str) -> str | None:
         return f"head_dim {head_dim}"
     if which == "fused":
         return _unusable() if block_size == FUSED_BLOCK else f"blocks of {block_size} are not of {FUSED_BLOCK}"
-    least = {"combine": MIN_COMBINE, "merge": MIN_MERGE}.get(which, MIN_BLOCK)
+    least = {"combine": MIN_COMBINE, "merge": MIN_MERGE[head_dim]}.get(which, MIN_BLOCK)
     if block_size < least or block_size % STEP:
         return f"blocks of {block_size} are below {least} or no multiple of {STEP}"
+    if which in ("combine", "merge") and block_size > MAX_OWN.get(head_dim, block_size):
+        return f"blocks of {block_size} are above {MAX_OWN[head_dim]} at head_dim {head_dim}"
     return _unusable()
 
 
@@ -183,6 +193,11 @@ def dkv(
     gluon_dkv_launch.dkv(*inputs, lists, list_lse, list_delta, table, reach, dk_THD, dv_THD, heads, softmax_scale)
 
 
+def _long_runs(head_dim: int, reach: Reach) -> bool:
+    """Many queries see a whole document without lists: at head_dim 64 the twins are as fast or faster, by 10 %."""
+    return head_dim == 64 and reach.many
+
+
 def combine(
     q_THD: Tensor,
     k_THD: Tensor,
@@ -200,15 +215,17 @@ def combine(
     block_size: int,
 ) -> None:
     """Forward of the own block plus partials; arguments of `triton_combine.combine` and block_size."""
-    if part is None or part_lse is None or not _specialised(q_THD.shape[-1], block_size, "combine"):
+    D = q_THD.shape[-1]
+    bare = part is None or part_lse is None or _long_runs(D, reach)
+    if bare or not _specialised(D, block_size, "combine"):
         triton_combine.combine(q_THD, k_THD, v_THD, part, part_lse, block_ids, reach, out_THD, lse_TH, heads,
                                tokens, scale_log2, tiles)  # fmt: skip
         return
     from model.moba import gluon_combine
 
-    gluon_combine.combine(
-        q_THD, k_THD, v_THD, part, part_lse, block_ids, reach, out_THD, lse_TH, heads, tokens, scale_log2
-    )
+    assert part is not None and part_lse is not None
+    gluon_combine.combine(q_THD, k_THD, v_THD, part, part_lse, block_ids, reach, out_THD, lse_TH, heads, tokens,
+                          scale_log2, block_size)  # fmt: skip
 
 
 def merge_dq(
@@ -229,9 +246,10 @@ def merge_dq(
 ) -> None:
     """dq of the own block plus partials; arguments of `triton_merge.merge_dq` and block_size."""
     inputs = (q_THD, k_THD, v_THD, dout_THD, sums)
-    if part is None or not _specialised(q_THD.shape[-1], block_size, "merge"):
+    D = q_THD.shape[-1]
+    if part is None or _long_runs(D, reach) or not _specialised(D, block_size, "merge"):
         triton_merge.merge_dq(*inputs, part, block_ids, reach, dq_THD, heads, tokens, softmax_scale, tiles)
         return
     from model.moba import gluon_merge
 
-    gluon_merge.merge_dq(*inputs, part, block_ids, reach, dq_THD, heads, tokens, softmax_scale)
+    gluon_merge.merge_dq(*inputs, part, block_ids, reach, dq_THD, heads, tokens, softmax_scale, block_size)

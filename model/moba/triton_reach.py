@@ -28,11 +28,12 @@ _PIECE = tl.constexpr(512)
 class Reach:
     """start: int32 [T], first key of the run that ends with the query itself; where that run holds all that the
     query sees, the bitwise complement (a negative number). end: int32 [NB], where the queries end that see a
-    block's keys that way.
+    block's keys that way. many: whether those may be a quarter of all queries or more, by the number of documents.
     """
 
     start: Tensor
     end: Tensor
+    many: bool = False
 
 
 @triton.jit(do_not_specialize=["num_docs", "num_tokens", "num_blocks", "block_size", "past", "steps"])
@@ -88,7 +89,12 @@ def build_reach(table: BlockTable, past: int) -> Reach:
         num_docs.bit_length() + 1,
         num_warps=4,
     )
-    return Reach(start, end)
+    return Reach(start, end, _many(table, past))
+
+
+def _many(table: BlockTable, past: int) -> bool:
+    num_docs = table.cu_seqlens.numel() - 1
+    return past > 0 and 4 * num_docs * (past + 1) >= table.block_start.numel()
 
 
 def seldom(table: BlockTable) -> bool:
@@ -97,5 +103,4 @@ def seldom(table: BlockTable) -> bool:
     Forward and backward at head_dim 64 with 512 x 8, ms without / with lists: half of 8K tokens 2.06 / 2.11, an
     eighth of 32K 10.23 / 9.94 (one H200). With blocks of 128 nothing is lost at an eighth (4.52 / 4.53).
     """
-    num_docs = table.cu_seqlens.numel() - 1
-    return table.block_size > 128 and 4 * num_docs * (table.complete_past + 1) < table.block_start.numel()
+    return table.block_size > 128 and not _many(table, table.complete_past)

@@ -21,7 +21,7 @@ def _type(name: str, rows: int, dim: int) -> str:
     """Triton's type of an argument, by its name."""
     stem = name.removesuffix("_ptr").removesuffix("_desc")
     if name.endswith("_desc"):
-        rows = gluon_common.HALF_ROWS if stem in ("q", "dout") else rows  # of queries: one consumer's
+        rows = gluon_common.HALF_ROWS if stem in ("q", "dout", "out", "dq") else rows  # of queries: one consumer's
         return f"tensordesc<bf16[{rows}, {dim}],{gluon_common.shared_layout(torch.bfloat16, rows, dim)}>"
     if name.endswith("_ptr"):
         float_like = stem in FLOAT or "lse" in stem or "delta" in stem
@@ -69,6 +69,8 @@ if __name__ == "__main__":
         ("combine", gluon_combine._combine_kernel, gluon_combine.constants(128, 4), keys, gluon_combine.WORK),
         ("merge", gluon_merge._merge_kernel, gluon_merge.constants(128, 4), keys, gluon_merge.WORK),
         ("fused", gluon_fused._fused_kernel, gluon_fused.constants(128, 4, True), half, gluon_fused.WORK),
+        ("combine64", gluon_combine._combine_kernel, gluon_combine.constants(64, 4), keys, gluon_combine.WORK),
+        ("merge64", gluon_merge._merge_kernel, gluon_merge.constants(64, 4), keys, gluon_merge.WORK),
         ("dkv64", gluon_dkv._dkv_kernel, gluon_dkv.constants(64, 4, True), half, gluon_dkv.WORK),
     ):
         print(json.dumps(examine(*job)), flush=True)

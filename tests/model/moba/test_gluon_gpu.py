@@ -28,6 +28,8 @@ CASES = [
     ([2048], 8, 2, 128, 256, 4, torch.bfloat16),
     ([3000], 8, 2, 64, 512, 3, torch.bfloat16),
     ([1, 2500, 700, 1700], 4, 2, 128, 1024, 2, torch.bfloat16),
+    ([1, 2900, 1300], 8, 2, 128, 256, 12, torch.bfloat16),  # more slots than are read at once
+    ([200, 3000], 8, 2, 64, 128, 10, torch.bfloat16),
 ]
 
 

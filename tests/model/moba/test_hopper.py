@@ -3,7 +3,9 @@
 import pytest
 
 pytest.importorskip("triton")
-from model.moba import hopper
+from model.moba import hopper, triton_reach
+from model.moba.blocks import build_block_table
+from tests.model.moba.cases import borders
 
 PASSES = ("routed", "dq", "dkv", "combine", "merge")
 
@@ -19,15 +21,23 @@ def _specialised(head_dim, block_size):
 
 def test_specialised_kernels_where_they_were_measured_to_win(usable):
     assert _specialised(128, 1024) == _specialised(128, 4096) == PASSES
-    assert _specialised(128, 256) == _specialised(128, 896) == PASSES[:-1]
+    assert _specialised(128, 256) == _specialised(128, 896) == PASSES
     assert _specialised(128, 128) == ("combine",)
     assert hopper.refusal(128, 128, "fused") is None
     assert "routed, dq, dkv" not in hopper.explain(128, 128) and "fused, combine; " in hopper.explain(128, 128)
     assert hopper.refusal(64, 128, "fused") == "head_dim 64"
-    assert _specialised(64, 512) == ("dkv",)
+    assert _specialised(64, 512) == ("dkv", "combine", "merge")
+    assert _specialised(64, 128) == ("combine", "merge")
     assert hopper.explain(128, 4096) == "warp-specialised: routed, dq, dkv, combine, merge; Triton: none"
-    others = ", ".join(f"{which}: head_dim 64" for which in PASSES if which != "dkv")
-    assert hopper.explain(64, 1024) == f"warp-specialised: dkv; Triton: {others}"
+    assert _specialised(64, 1024) == ("dkv",)
+    assert "merge: blocks of 1024 are above 512 at head_dim 64" in hopper.explain(64, 1024)
+
+
+def test_long_runs_without_lists_at_head_dim_64_are_the_twins():
+    table = build_block_table(borders([8192]), 8192, 512)
+    assert triton_reach.build_reach(table, 0).many is False
+    reach = triton_reach.build_reach(table, 7)
+    assert reach.many and hopper._long_runs(64, reach) and not hopper._long_runs(128, reach)
 
 
 @pytest.mark.parametrize("block_size", [64, 1040])
