@@ -49,13 +49,23 @@ def kv_producer(
     k_desc, v_desc, k_buf, v_buf, k_full, k_empty, v_full, v_empty, tile_ptr, num_tiles, block_start_ptr,
     block_size, num_lists, first_head, D: gl.constexpr, KEYS: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """One warp: keys and values of the blocks of this program's tiles, KEYS at a time."""
+    """One warp: keys and values of the blocks of this program's tiles, KEYS at a time.
+
+    Which list a tile is of is loaded two tiles ahead, where its block starts one tile ahead.
+    """
     step = 0
-    for tile in range(gl.program_id(0), num_tiles, gl.num_programs(0)):
-        lists = gl.load(tile_ptr + tile * 4)
-        head = lists // num_lists
-        start = gl.load(block_start_ptr + lists - head * num_lists)
+    first = gl.program_id(0)
+    stride = gl.num_programs(0)
+    lists = gl.load(tile_ptr + first * 4, mask=first < num_tiles, other=0)
+    head = lists // num_lists
+    start = gl.load(block_start_ptr + lists - head * num_lists)
+    lists = gl.load(tile_ptr + (first + stride) * 4, mask=first + stride < num_tiles, other=0)
+    for tile in range(first, num_tiles, stride):
         column = (first_head + head) * D
+        head = lists // num_lists
+        next_start = gl.load(block_start_ptr + lists - head * num_lists)
+        after = tile + 2 * stride
+        lists = gl.load(tile_ptr + after * 4, mask=after < num_tiles, other=0)
         for j in range(0, block_size, KEYS):
             slot = step % STAGES
             phase = (step // STAGES) & 1
@@ -66,24 +76,7 @@ def kv_producer(
             mbarrier.expect(v_full.index(slot), v_desc.block_type.nbytes)
             tma.async_copy_global_to_shared(v_desc, [start + j, column], v_full.index(slot), v_buf.index(slot))
             step += 1
-
-
-@gluon.jit
-def tile_rows(tile_ptr, tile, row_ptr, HALF: gl.constexpr, WARPS: gl.constexpr):
-    """For one consumer's rows of a tile: list, places in the list, whether there is such an entry, its row id."""
-    lists = gl.load(tile_ptr + tile * 4)
-    offset = gl.load(tile_ptr + tile * 4 + 1)
-    count = gl.load(tile_ptr + tile * 4 + 2)
-    r = HALF * 64 + gl.arange(0, 64, gl.BlockedLayout([1], [32], [WARPS], [0]))
-    row = gl.load(row_ptr + offset + gl.minimum(r, count - 1))
-    return lists, offset + r, r < count, row
-
-
-@gluon.jit
-def partial_row(lists, entry, live, pair_ptr, num_lists, pair_base, pairs_per_head):
-    """Where the partial results of list entries go: row of `part`, which is an int32; -1: nowhere."""
-    base = (lists // num_lists).to(gl.int64) * pairs_per_head - pair_base
-    return gl.where(live, (base + gl.load(pair_ptr + entry, mask=live, other=0)).to(gl.int32), -1)
+        start = next_start
 
 
 @gluon.constexpr_function

@@ -20,6 +20,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from model.moba import gluon_common as common
+from model.moba import gluon_pairs as pairs
 from model.moba.blocks import BlockTable
 from model.moba.gluon_common import Work
 from model.moba.triton_cuts import TileTable
@@ -27,65 +28,76 @@ from model.moba.triton_lists import Lists
 from model.moba.triton_sums import RowSums
 
 WORK = Work(step=128, stages=2, consumer_registers=224, producer_registers=56)
-_GATHER_WARPS = 2
+_RING = gl.constexpr(3)  # halves of tiles
 
 
 @gluon.jit
 def _gather(
-    q_ptr, dout_ptr, q_buf, dout_buf, lse_buf, delta_buf, to_buf, full, empty, lse_ptr, delta_ptr, list_lse_ptr,
-    list_delta_ptr, row_ptr, pair_ptr, tile_ptr, num_tiles, num_lists, pair_base, pairs_per_head,
-    D: gl.constexpr, WARPS: gl.constexpr,
+    q_ptr, dout_ptr, q_buf, dout_buf, sums_buf, to_buf, full, empty, lse_ptr, delta_ptr, list_lse_ptr,
+    list_delta_ptr, row_ptr, pair_ptr, tile_ptr, num_tiles, num_lists, pair_base, pairs_per_head, D: gl.constexpr,
+    HALF: gl.constexpr,
 ):  # fmt: skip
-    """Rows of q and dout of the tiles, lse and delta (copied into list order too), and where results go."""
-    LAY: gl.constexpr = common.row_layout(D, WARPS)
-    num = 0
+    """One warp: one consumer's rows of q and dout, lse and delta (copied into list order too), where results go.
+
+    The halves of all tiles take turns in one ring of three. While two are worked on, the third is filled for
+    whoever comes first; the other's rows follow when that one is through with its own, so the two do not come to
+    the ends of their tiles at the same time.
+    """
+    LINE: gl.constexpr = gl.BlockedLayout([2], [32], [1], [0])
+    num = HALF
     for tile in range(gl.program_id(0), num_tiles, gl.num_programs(0)):
-        for half in gl.static_range(2):
-            lists, entry, live, row = common.tile_rows(tile_ptr, tile, row_ptr, half, WARPS)
-            to = common.partial_row(lists, entry, live, pair_ptr, num_lists, pair_base, pairs_per_head)
-            lse = gl.load(lse_ptr + row)
-            delta = gl.load(delta_ptr + row)
-            gl.store(list_lse_ptr + entry, lse, mask=live)
-            gl.store(list_delta_ptr + entry, delta, mask=live)
-            mbarrier.wait(empty.index(half), (num & 1) ^ 1)
-            row = gl.convert_layout(row, gl.SliceLayout(1, LAY))
-            common.copy_rows(q_ptr, row, q_buf.index(half), D, LAY)
-            common.copy_rows(dout_ptr, row, dout_buf.index(half), D, LAY)
-            async_copy.commit_group()
-            lse_buf.index(half).store(lse)
-            delta_buf.index(half).store(delta)
-            to_buf.index((num & 1) * 2 + half).store(to)
-        common.announce(full.index(0), 1)
-        common.announce(full.index(1), 0)
-        num += 1  # noqa: SIM113 - kernels know no enumerate
+        entry, live, row, to = pairs.half_tile(
+            tile_ptr, tile, row_ptr, pair_ptr, num_lists, pair_base, pairs_per_head, HALF, LINE
+        )
+        lse = gl.load(lse_ptr + row)
+        delta = gl.load(delta_ptr + row)
+        slot = num % _RING
+        places = to_buf.index(slot)
+        mbarrier.wait(empty.index(slot), ((num // _RING) & 1) ^ 1)
+        places.store(row)  # until the copies have started
+        common.thread_barrier()
+        pairs.copy_half(q_ptr, places, q_buf.index(slot), D)
+        pairs.copy_half(dout_ptr, places, dout_buf.index(slot), D)
+        async_copy.commit_group()
+        common.thread_barrier()
+        places.store(to)
+        sums_buf.index(slot).store(lse)
+        sums_buf.index(_RING + slot).store(delta)
+        gl.store(list_lse_ptr + entry, lse, mask=live)
+        gl.store(list_delta_ptr + entry, delta, mask=live)
+        common.announce(full.index(slot), 0)
+        num += 2
 
 
 @gluon.jit
 def _gradient(
-    q_buf, dout_buf, lse_buf, delta_buf, to_buf, k_buf, v_buf, out_buf, full, empty, k_full, k_empty, v_full,
-    v_empty, part_ptr, num_tiles, scale_log2, block_size, D: gl.constexpr, KEYS: gl.constexpr,
-    STAGES: gl.constexpr, HALF: gl.constexpr,
+    q_buf, dout_buf, sums_buf, to_buf, k_buf, v_buf, full, empty, k_full, k_empty, v_full, v_empty, part_ptr,
+    num_tiles, scale_log2, block_size, D: gl.constexpr, KEYS: gl.constexpr, STAGES: gl.constexpr,
+    HALF: gl.constexpr,
 ):  # fmt: skip
     """One consumer: 64 rows of every tile."""
     SCORE: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS, 16])
     OUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     LEFT: gl.constexpr = gl.DotOperandLayout(0, OUT, 2)
     dtype: gl.constexpr = k_buf.dtype
-    q = q_buf.index(HALF)
-    dout = dout_buf.index(HALF)
     zero = gl.zeros([64, KEYS], gl.float32, SCORE)
     step = 0
-    num = 0
+    num = HALF
     for _ in range(gl.program_id(0), num_tiles, gl.num_programs(0)):
         dq = gl.zeros([64, D], gl.float32, OUT)
-        mbarrier.wait(full.index(HALF), num & 1)
-        lse = lse_buf.index(HALF).load(gl.SliceLayout(1, SCORE))
-        delta = delta_buf.index(HALF).load(gl.SliceLayout(1, SCORE))
+        rows = num % _RING
+        q = q_buf.index(rows)
+        dout = dout_buf.index(rows)
+        mbarrier.wait(full.index(rows), (num // _RING) & 1)
+        lse = sums_buf.index(rows).load(gl.SliceLayout(1, SCORE))
+        delta = sums_buf.index(_RING + rows).load(gl.SliceLayout(1, SCORE))
+        to = to_buf.index(rows).load(gl.SliceLayout(1, pairs.swapped_layout(D, 2)))
         for j in range(0, block_size, KEYS):
             slot = step % STAGES
             phase = (step // STAGES) & 1
+            k = k_buf.index(slot)
             mbarrier.wait(k_full.index(slot), phase)
-            score = warpgroup_mma(q, k_buf.index(slot).permute((1, 0)), zero, use_acc=False, is_async=True)
+            score = warpgroup_mma(q, k.permute((1, 0)), zero, use_acc=False, is_async=True)
             mbarrier.wait(v_full.index(slot), phase)
             dp = warpgroup_mma(dout, v_buf.index(slot).permute((1, 0)), zero, use_acc=False, is_async=True)
             s = warpgroup_mma_wait(1, deps=[score])
@@ -94,15 +106,14 @@ def _gradient(
             mbarrier.wait(v_full.index(slot), phase)
             dp, p = warpgroup_mma_wait(0, deps=[dp, p])
             common.release(v_empty.index(slot))
-            mbarrier.arrive(empty.index(HALF), count=1, pred=j + KEYS >= block_size)
+            mbarrier.arrive(empty.index(rows), count=1, pred=j + KEYS >= block_size)
             left = gl.convert_layout((p * (dp - delta[:, None])).to(dtype), LEFT)
-            product = warpgroup_mma(left, k_buf.index(slot), dq, is_async=True)
+            product = warpgroup_mma(left, k, dq, is_async=True)
             dq, left = warpgroup_mma_wait(0, deps=[product, left])
             common.release(k_empty.index(slot))
             step += 1
-        common.store_rows(dq.to(dtype), out_buf.index(HALF), to_buf.index((num & 1) * 2 + HALF), part_ptr, D)
-        common.thread_barrier()
-        num += 1  # noqa: SIM113 - kernels know no enumerate
+        pairs.store_swapped(dq.to(dtype), to, part_ptr, D)
+        num += 2
 
 
 @gluon.jit(do_not_specialize=["num_lists", "first_head", "pair_base", "pairs_per_head"])
@@ -130,23 +141,20 @@ def _dq_kernel(
     D: gl.constexpr,
     KEYS: gl.constexpr,
     STAGES: gl.constexpr,
-    WARPS: gl.constexpr,
     MANY: gl.constexpr,
     FEW: gl.constexpr,
 ):
     """Program = every num_programs-th tile of up to 128 pairs of one block; block_size % KEYS == 0."""
     dtype: gl.constexpr = k_desc.dtype
     ONE: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
-    q_buf = gl.allocate_shared_memory(dtype, [2, 64, D], k_desc.layout)
-    dout_buf = gl.allocate_shared_memory(dtype, [2, 64, D], k_desc.layout)
-    out_buf = gl.allocate_shared_memory(dtype, [2, 64, D], k_desc.layout)
+    q_buf = gl.allocate_shared_memory(dtype, [_RING, 64, D], k_desc.layout)
+    dout_buf = gl.allocate_shared_memory(dtype, [_RING, 64, D], k_desc.layout)
     k_buf = gl.allocate_shared_memory(dtype, [STAGES, KEYS, D], k_desc.layout)
     v_buf = gl.allocate_shared_memory(dtype, [STAGES, KEYS, D], k_desc.layout)
-    lse_buf = gl.allocate_shared_memory(gl.float32, [2, 64], ONE)
-    delta_buf = gl.allocate_shared_memory(gl.float32, [2, 64], ONE)
-    to_buf = gl.allocate_shared_memory(gl.int32, [4, 64], ONE)  # read last: those of two tiles
-    full = common.barriers(2, 1)
-    empty = common.barriers(2, 1)
+    sums_buf = gl.allocate_shared_memory(gl.float32, [2 * _RING, 64], ONE)  # lse, delta
+    to_buf = gl.allocate_shared_memory(gl.int32, [_RING, 64], ONE)
+    full = common.barriers(_RING, 1)
+    empty = common.barriers(_RING, 1)
     k_full = common.barriers(STAGES, 1)
     k_empty = common.barriers(STAGES, 2)
     v_full = common.barriers(STAGES, 1)
@@ -156,20 +164,21 @@ def _dq_kernel(
     num_tiles = gl.load(num_tiles_ptr)
     gl.warp_specialize(
         [
-            (_gradient, (q_buf, dout_buf, lse_buf, delta_buf, to_buf, k_buf, v_buf, out_buf, full, empty, k_full,
-                         k_empty, v_full, v_empty, part_ptr, num_tiles, scale_log2, block_size, D, KEYS, STAGES,
-                         0)),
-            (_gradient, (q_buf, dout_buf, lse_buf, delta_buf, to_buf, k_buf, v_buf, out_buf, full, empty, k_full,
-                         k_empty, v_full, v_empty, part_ptr, num_tiles, scale_log2, block_size, D, KEYS, STAGES,
-                         1)),
-            (_gather, (q_ptr, dout_ptr, q_buf, dout_buf, lse_buf, delta_buf, to_buf, full, empty, lse_ptr,
-                       delta_ptr, list_lse_ptr, list_delta_ptr, row_ptr, pair_ptr, tile_ptr, num_tiles, num_lists,
-                       pair_base, pairs_per_head, D, WARPS)),
+            (_gradient, (q_buf, dout_buf, sums_buf, to_buf, k_buf, v_buf, full, empty, k_full, k_empty, v_full,
+                         v_empty, part_ptr, num_tiles, scale_log2, block_size, D, KEYS, STAGES, 0)),
+            (_gradient, (q_buf, dout_buf, sums_buf, to_buf, k_buf, v_buf, full, empty, k_full, k_empty, v_full,
+                         v_empty, part_ptr, num_tiles, scale_log2, block_size, D, KEYS, STAGES, 1)),
+            (_gather, (q_ptr, dout_ptr, q_buf, dout_buf, sums_buf, to_buf, full, empty, lse_ptr, delta_ptr,
+                       list_lse_ptr, list_delta_ptr, row_ptr, pair_ptr, tile_ptr, num_tiles, num_lists, pair_base,
+                       pairs_per_head, D, 0)),
+            (_gather, (q_ptr, dout_ptr, q_buf, dout_buf, sums_buf, to_buf, full, empty, lse_ptr, delta_ptr,
+                       list_lse_ptr, list_delta_ptr, row_ptr, pair_ptr, tile_ptr, num_tiles, num_lists, pair_base,
+                       pairs_per_head, D, 1)),
             (common.kv_producer, (k_desc, v_desc, k_buf, v_buf, k_full, k_empty, v_full, v_empty, tile_ptr,
                                   num_tiles, block_start_ptr, block_size, num_lists, first_head, D, KEYS, STAGES)),
         ],
-        [4, WARPS, 1],
-        [MANY, FEW, FEW],
+        [4, 1, 1, 1],
+        [MANY, FEW, FEW, FEW],
     )  # fmt: skip
 
 
@@ -179,7 +188,6 @@ def constants(head_dim: int, work: Work = WORK) -> dict[str, int]:
         "D": head_dim,
         "KEYS": work.step,
         "STAGES": work.stages,
-        "WARPS": _GATHER_WARPS,
         "MANY": work.consumer_registers,
         "FEW": work.producer_registers,
     }

@@ -21,6 +21,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from model.moba import gluon_common as common
+from model.moba import gluon_pairs as pairs
 from model.moba.blocks import BlockTable
 from model.moba.gluon_common import Work
 from model.moba.triton_cuts import TileTable
@@ -38,19 +39,44 @@ def _gather(
 ):  # fmt: skip
     """Query rows of the tiles, a tile ahead, and where their results go."""
     LAY: gl.constexpr = common.row_layout(D, WARPS)
+    LINE: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
     num = 0
     for tile in range(gl.program_id(0), num_tiles, gl.num_programs(0)):
-        for half in gl.static_range(2):
-            slot = num % BUFFERS * 2 + half
-            lists, entry, live, row = common.tile_rows(tile_ptr, tile, row_ptr, half, WARPS)
-            to = common.partial_row(lists, entry, live, pair_ptr, num_lists, pair_base, pairs_per_head)
-            row = gl.convert_layout(row, gl.SliceLayout(1, LAY))
-            mbarrier.wait(q_empty.index(slot), ((num // BUFFERS) & 1) ^ 1)
-            common.copy_rows(q_ptr, row, q_buf.index(slot), D, LAY)
-            async_copy.commit_group()
-            to_buf.index(slot).store(to)
-            common.announce(q_full.index(slot), 0)
+        slot = num % BUFFERS * 2
+        phase = ((num // BUFFERS) & 1) ^ 1
+        _, _, row_0, to_0 = pairs.half_tile(
+            tile_ptr, tile, row_ptr, pair_ptr, num_lists, pair_base, pairs_per_head, 0, LINE
+        )
+        _, _, row_1, to_1 = pairs.half_tile(
+            tile_ptr, tile, row_ptr, pair_ptr, num_lists, pair_base, pairs_per_head, 1, LINE
+        )
+        row = gl.convert_layout(row_0, gl.SliceLayout(1, LAY))
+        mbarrier.wait(q_empty.index(slot), phase)
+        common.copy_rows(q_ptr, row, q_buf.index(slot), D, LAY)
+        async_copy.commit_group()
+        to_buf.index(slot).store(to_0)
+        row = gl.convert_layout(row_1, gl.SliceLayout(1, LAY))
+        mbarrier.wait(q_empty.index(slot + 1), phase)
+        common.copy_rows(q_ptr, row, q_buf.index(slot + 1), D, LAY)
+        async_copy.commit_group()
+        to_buf.index(slot + 1).store(to_1)
+        common.announce(q_full.index(slot), 1)
+        common.announce(q_full.index(slot + 1), 0)
         num += 1  # noqa: SIM113 - kernels know no enumerate
+
+
+@gluon.jit
+def _finish(
+    out, top, total, buf, to_buf, empty, part_ptr, lse_ptr, D: gl.constexpr, SCORE: gl.constexpr,
+    OUT: gl.constexpr,
+):  # fmt: skip
+    """Stores a tile's results, through its rows, which nothing reads any more, and releases those."""
+    to = to_buf.load(gl.SliceLayout(1, SCORE))
+    gl.store(lse_ptr + to, top + gl.log2(total), mask=to >= 0)
+    out = out * gl.convert_layout(1.0 / total, gl.SliceLayout(1, OUT))[:, None]
+    common.store_rows(out.to(buf.dtype), buf, to_buf, part_ptr, D)
+    fence_async_shared()
+    common.release(empty)
 
 
 @gluon.jit
@@ -59,86 +85,81 @@ def _attend(
     scale_log2, block_size, D: gl.constexpr, KEYS: gl.constexpr, STAGES: gl.constexpr, BUFFERS: gl.constexpr,
     HALF: gl.constexpr,
 ):  # fmt: skip
-    """One consumer: 64 rows of every tile."""
+    """One consumer: 64 rows of every tile. One loop over the steps of all tiles: the first score and softmax of a
+    tile run under the last product of the tile before.
+    """
     SCORE: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS, 16])
     OUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     LEFT: gl.constexpr = gl.DotOperandLayout(0, OUT, 2)
     dtype: gl.constexpr = k_buf.dtype
     zero = gl.zeros([64, KEYS], gl.float32, SCORE)
-    step = 0
-    num = 0
-    for _ in range(gl.program_id(0), num_tiles, gl.num_programs(0)):
-        row_slot = num % BUFFERS * 2 + HALF
-        q = q_buf.index(row_slot)
+    per_tile = block_size // KEYS
+    stride = gl.num_programs(0)
+    steps = (num_tiles - gl.program_id(0) + stride - 1) // stride * per_tile
+    if steps > 0:
         top = gl.full([64], -1.0e30, gl.float32, gl.SliceLayout(1, SCORE))
         total = gl.zeros([64], gl.float32, gl.SliceLayout(1, SCORE))
         out = gl.zeros([64, D], gl.float32, OUT)
-        slot = step % STAGES
-        mbarrier.wait(q_full.index(row_slot), (num // BUFFERS) & 1)
-        mbarrier.wait(k_full.index(slot), (step // STAGES) & 1)
-        score = warpgroup_mma(q, k_buf.index(slot).permute((1, 0)), zero, use_acc=False, is_async=True)
+        mbarrier.wait(q_full.index(HALF), 0)
+        mbarrier.wait(k_full.index(0), 0)
+        q = q_buf.index(HALF)
+        score = warpgroup_mma(q, k_buf.index(0).permute((1, 0)), zero, use_acc=False, is_async=True)
         s = warpgroup_mma_wait(0, deps=[score])
-        common.release(k_empty.index(slot))
+        common.release(k_empty.index(0))
         p, decay, top, total = common.softmax(s, top, total, scale_log2)
         left = gl.convert_layout(p.to(dtype), LEFT)
-        mbarrier.wait(v_full.index(slot), (step // STAGES) & 1)
-        for _j in range(KEYS, block_size, KEYS):
-            before = slot
-            step += 1
+        mbarrier.wait(v_full.index(0), 0)
+        num = 0
+        j = 0
+        for step in range(1, steps):
+            before = (step - 1) % STAGES
             slot = step % STAGES
             phase = (step // STAGES) & 1
+            j += 1
+            ended = j == per_tile  # the step before was the last of its tile
+            if ended:
+                j = 0
+                num += 1
+            rows = num % BUFFERS * 2 + HALF
+            mbarrier.wait(q_full.index(rows), (num // BUFFERS) & 1, pred=ended)
             mbarrier.wait(k_full.index(slot), phase)
+            q = q_buf.index(rows)
             score = warpgroup_mma(q, k_buf.index(slot).permute((1, 0)), zero, use_acc=False, is_async=True)
             product = warpgroup_mma(left, v_buf.index(before), out, is_async=True)
             s = warpgroup_mma_wait(1, deps=[score])
             common.release(k_empty.index(slot))
+            old_top = top
+            old_total = total
+            top = gl.where(ended, -1.0e30, top)  # which makes nothing of the sum before
             p, decay, top, total = common.softmax(s, top, total, scale_log2)
             following = gl.convert_layout(p.to(dtype), LEFT)
             # Waiting here for the values ends a basic block: ptxas moves the softmax behind the wait otherwise.
             mbarrier.wait(v_full.index(slot), phase)
             out, left, following, total = warpgroup_mma_wait(0, deps=[product, left, following, total])
             common.release(v_empty.index(before))
-            out = out * gl.convert_layout(decay, gl.SliceLayout(1, OUT))[:, None]
+            if ended:
+                done = (num - 1) % BUFFERS * 2 + HALF
+                _finish(out, old_top, old_total, q_buf.index(done), to_buf.index(done), q_empty.index(done),
+                        part_ptr, lse_ptr, D, SCORE, OUT)  # fmt: skip
+                out = gl.zeros([64, D], gl.float32, OUT)
+            else:
+                out = out * gl.convert_layout(decay, gl.SliceLayout(1, OUT))[:, None]
             left = following
+        slot = (steps - 1) % STAGES
         product = warpgroup_mma(left, v_buf.index(slot), out, is_async=True)
         out, left = warpgroup_mma_wait(0, deps=[product, left])
         common.release(v_empty.index(slot))
-        step += 1
-        to = to_buf.index(row_slot).load(gl.SliceLayout(1, SCORE))
-        gl.store(lse_ptr + to, top + gl.log2(total), mask=to >= 0)
-        out = out * gl.convert_layout(1.0 / total, gl.SliceLayout(1, OUT))[:, None]
-        common.store_rows(out.to(dtype), q, to_buf.index(row_slot), part_ptr, D)  # nothing reads q any more
-        fence_async_shared()
-        common.release(q_empty.index(row_slot))
-        num += 1  # noqa: SIM113 - kernels know no enumerate
+        done = num % BUFFERS * 2 + HALF
+        _finish(out, top, total, q_buf.index(done), to_buf.index(done), q_empty.index(done), part_ptr, lse_ptr, D,
+                SCORE, OUT)  # fmt: skip
 
 
 @gluon.jit(do_not_specialize=["num_lists", "first_head", "pair_base", "pairs_per_head"])
 def _routed_kernel(
-    q_ptr,
-    k_desc,
-    v_desc,
-    part_ptr,
-    lse_ptr,
-    row_ptr,
-    pair_ptr,
-    tile_ptr,
-    num_tiles_ptr,
-    block_start_ptr,
-    scale_log2,
-    block_size,
-    num_lists,
-    first_head,
-    pair_base,
-    pairs_per_head,
-    D: gl.constexpr,
-    KEYS: gl.constexpr,
-    STAGES: gl.constexpr,
-    BUFFERS: gl.constexpr,
-    WARPS: gl.constexpr,
-    MANY: gl.constexpr,
-    FEW: gl.constexpr,
-):
+    q_ptr, k_desc, v_desc, part_ptr, lse_ptr, row_ptr, pair_ptr, tile_ptr, num_tiles_ptr, block_start_ptr,
+    scale_log2, block_size, num_lists, first_head, pair_base, pairs_per_head, D: gl.constexpr, KEYS: gl.constexpr,
+    STAGES: gl.constexpr, BUFFERS: gl.constexpr, WARPS: gl.constexpr, MANY: gl.constexpr, FEW: gl.constexpr,
+):  # fmt: skip
     """Program = every num_programs-th tile of up to 128 pairs of one block; block_size % KEYS == 0."""
     dtype: gl.constexpr = k_desc.dtype
     q_buf = gl.allocate_shared_memory(dtype, [2 * BUFFERS, 64, D], k_desc.layout)
