@@ -1,10 +1,10 @@
 # mypy: disable-error-code="no-untyped-def"
 """What the warp-specialised kernels for Hopper share: layouts, the producers' loops, shapes of the work.
 
-A program is four groups of warps that talk through mbarriers in shared memory: two consumers, each a warpgroup of
+A program is groups of warps that talk through mbarriers in shared memory: two consumers, each a warpgroup of
 64 rows (or keys) with nearly all registers, whose softmax runs while the other's matrix instructions do
-(FlashAttention-3, Shah et al. 2024, section 3.1), one group that gathers rows by cp.async, and one warp that
-streams keys and values by TMA. Hopper's TMA cannot gather rows.
+(FlashAttention-3, Shah et al. 2024, section 3.1), one or two groups that gather rows by cp.async, and one warp
+that streams keys and values by TMA. Hopper's TMA cannot gather rows.
 
 An mbarrier `full` is completed by the producer of a buffer, `empty` by its consumers; the wait for use n of a
 buffer is for phase n % 2, and `empty` starts as if phase 1 were complete.

@@ -1,9 +1,8 @@
 # mypy: disable-error-code="no-untyped-def"
 """Rows of the lists for the warp-specialised kernels that walk tiles of pairs, and the way of results back.
 
-A tile is up to 128 entries of one list, half of it for each consumer. One warp per half gathers its rows: nothing
-of one consumer waits for the other, and what has to be known before the copies can start (three loads, each on the
-one before) comes while the tile before is worked on.
+A tile is up to 128 entries of one list, half of it for each consumer. What has to be known of a tile before its
+rows can be copied (three loads, each on the one before) is loaded while the tile before is worked on.
 
 Shape legend: triton_common.py; who does what: gluon_common.py.
 """
