@@ -19,8 +19,8 @@ interpreted = pytest.mark.skipif(not triton_common.INTERPRETED, reason="the kern
 
 # lengths, heads, kv_heads, dim, block_size, topk
 CASES = {
-    "one document": ([150], 4, 2, 32, 16, 4),
-    "documents of no, some and many more blocks than topk": ([1, 39, 16, 100, 33], 4, 2, 16, 16, 3),
+    "one document": ([150], 2, 1, 32, 16, 4),
+    "documents of no, some and many more blocks than topk": ([1, 39, 16, 70, 33], 2, 1, 16, 16, 3),
     "blocks of several tiles": ([280], 2, 1, 32, 64, 3),
     "blocks that one tile covers, the fused backward": ([130, 70], 2, 2, 16, 32, 2),
 }
