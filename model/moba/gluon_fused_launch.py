@@ -10,8 +10,8 @@ from torch import Tensor
 
 from model.moba import gluon_common as common
 from model.moba.blocks import BlockTable
-from model.moba.gluon_common import HALF_ROWS, Work
-from model.moba.gluon_fused import WORK, _fused_kernel, constants
+from model.moba.gluon_common import Work
+from model.moba.gluon_fused import WORK, _fused_kernel, constants, rows_per_step
 from model.moba.triton_common import LOG2E
 from model.moba.triton_lists import Lists
 from model.moba.triton_pieces import sum_pieces
@@ -41,7 +41,7 @@ def dkv(
 ) -> None:
     """dk, dv [T, Hkv, D] of some key heads and the dq partials of all tokens; table.block_size is 128."""
     H, D = q_THD.shape[1:]
-    Hkv = k_THD.shape[1]
+    Hkv, rows = k_THD.shape[1], rows_per_step(D, work)
     blocks = table.block_start.numel()
     spare = sums.lse_TH  # stands in for arguments that this variant never touches
     cut = lists.segments()
@@ -52,8 +52,8 @@ def dkv(
     _fused_kernel[(blocks * len(heads) + max_extra,)](
         q_THD,
         dout_THD,
-        common.token_rows(k_THD, HALF_ROWS),
-        common.token_rows(v_THD, HALF_ROWS),
+        common.token_rows(k_THD, rows),
+        common.token_rows(v_THD, rows),
         sums.lse_TH,
         sums.delta_TH,
         list_lse,

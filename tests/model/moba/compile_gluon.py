@@ -68,7 +68,16 @@ if __name__ == "__main__":
         ("dkv", gluon_dkv._dkv_kernel, gluon_dkv.constants(128, 4, True), half, gluon_dkv.WORK),
         ("combine", gluon_combine._combine_kernel, gluon_combine.constants(128, 4), keys, gluon_combine.WORK),
         ("merge", gluon_merge._merge_kernel, gluon_merge.constants(128, 4), keys, gluon_merge.WORK),
-        ("fused", gluon_fused._fused_kernel, gluon_fused.constants(128, 4, True), half, gluon_fused.WORK),
+        *(
+            (
+                name,
+                gluon_fused._fused_kernel,
+                gluon_fused.constants(dim, 4, True),
+                gluon_fused.rows_per_step(dim),
+                gluon_fused.WORK,
+            )
+            for name, dim in (("fused", 128), ("fused64", 64))
+        ),
         ("combine64", gluon_combine._combine_kernel, gluon_combine.constants(64, 4), keys, gluon_combine.WORK),
         ("merge64", gluon_merge._merge_kernel, gluon_merge.constants(64, 4), keys, gluon_merge.WORK),
         ("dkv64", gluon_dkv._dkv_kernel, gluon_dkv.constants(64, 4, True), half, gluon_dkv.WORK),

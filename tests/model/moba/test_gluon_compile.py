@@ -11,7 +11,7 @@ import pytest
 pytest.importorskip("triton")
 ROOT = Path(__file__).resolve().parents[3]
 # Bytes of stack that hold addresses and bounds from before the loops, for behind them.
-KNOWN_STACK = {"dkv": 48, "merge": 48, "fused": 96}
+KNOWN_STACK = {"dkv": 48, "merge": 48, "fused": 64, "fused64": 176}
 
 
 @pytest.fixture(scope="module")
@@ -21,7 +21,7 @@ def kernels():
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     found = [json.loads(line) for line in done.stdout.splitlines()]
-    names = ["routed", "dq", "dkv", "combine", "merge", "fused", "combine64", "merge64", "dkv64"]
+    names = ["routed", "dq", "dkv", "combine", "merge", "fused", "fused64", "combine64", "merge64", "dkv64"]
     assert [k["kernel"] for k in found] == names
     return found
 
@@ -39,10 +39,10 @@ def test_registers_are_dealt_out_to_the_consumers(kernels):
 def test_matrix_instructions_overlap(kernels):
     """Several are under way at once, and the exponentials of a step run before the wait for the last of them.
 
-    The fused kernel waits for products after its exponentials too, so there all of them are asked for.
+    The fused kernel waits for products after its exponentials too; of 32 (head_dim 64: 64) a few may come late.
     """
     for kernel in kernels:
-        hidden = kernel["exposed"] == 0 if kernel["kernel"] == "fused" else kernel["overlapped"] >= 16
+        hidden = kernel["exposed"] <= 12 if "fused" in kernel["kernel"] else kernel["overlapped"] >= 16
         assert not kernel["serial"] and hidden, kernel
 
 
@@ -53,14 +53,15 @@ def test_no_floating_point_atomics(kernels):
 def test_no_spills(kernels):
     """dk, dv: addresses for the end of the kernel, and five accesses in the masked loop over the own block.
 
-    Fused: five stores and fourteen loads of addresses in the second consumer's loop.
+    Fused: two addresses in the loop over the own block; at head_dim 64, whose steps are twice as long, scores too.
     """
     stack = {k["kernel"]: k["stack"] for k in kernels}
     for name, known in KNOWN_STACK.items():
         assert stack.pop(name) <= known, kernels
     assert set(stack.values()) == {0}, stack
     loops = {k["kernel"]: k["loop_spills"] for k in kernels}
-    assert loops.pop("dkv") <= 8 and loops.pop("fused") <= 20 and set(loops.values()) == {0}, loops
+    assert loops.pop("dkv") <= 8 and loops.pop("fused") <= 4 and loops.pop("fused64") <= 54, loops
+    assert set(loops.values()) == {0}, loops
 
 
 def test_programs_fit_a_multiprocessor(kernels):

@@ -23,9 +23,9 @@ def test_specialised_kernels_where_they_were_measured_to_win(usable):
     assert _specialised(128, 1024) == _specialised(128, 4096) == PASSES
     assert _specialised(128, 256) == _specialised(128, 896) == PASSES
     assert _specialised(128, 128) == ("combine",)
-    assert hopper.refusal(128, 128, "fused") is None
+    assert hopper.refusal(128, 128, "fused") is hopper.refusal(64, 128, "fused") is None
     assert "routed, dq, dkv" not in hopper.explain(128, 128) and "fused, combine; " in hopper.explain(128, 128)
-    assert hopper.refusal(64, 128, "fused") == "head_dim 64"
+    assert hopper.refusal(256, 128, "fused") == "head_dim 256"
     assert _specialised(64, 512) == ("dkv", "combine", "merge")
     assert _specialised(64, 128) == ("combine", "merge")
     assert hopper.explain(128, 4096) == "warp-specialised: routed, dq, dkv, combine, merge; Triton: none"
