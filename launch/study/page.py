@@ -63,7 +63,12 @@ def write_page(plan: Plan, config: StudyConfig, places: Places) -> Path:
             _text_text(places.out),
             _armstable(results),
         ]
-    parts += ["## What differs from the paper", plan.differs, "## Again, at any size", _again(plan, config)]
+    parts += [
+        "## What differs from the paper",
+        plan.differs,
+        "## Again, at any size",
+        _again(plan, config, results),
+    ]
     path = places.out / "README.md"
     write_atomic(path, ("\n\n".join(part.strip() for part in parts if part.strip()) + "\n").encode())
     return path
@@ -200,13 +205,13 @@ def _last_tenth(steps: list[list[Any]]) -> float:
     return float(sum(losses) / len(losses))
 
 
-def _again(plan: Plan, config: StudyConfig) -> str:
-    name = config.name
+def _again(plan: Plan, config: StudyConfig, results: Sequence[Json]) -> str:
+    name, workers = config.name, max((result["workers"] for result in results), default=3)
     if plan.timed:
         return f"```bash\nmoba study {name} scale=h200   # on a Hopper GPU; elsewhere what is stored is shown\n```"
     return (
         f"```bash\nmoba study {name}                       # scale tiny: a CPU, a minute or two\n"
-        f"moba study {name} scale=h200 workers=3   # this page: one H200, minutes\n"
+        f"moba study {name} scale=h200 workers={workers}   # this page: one H200, minutes\n"
         f"make study-{name} SCALE=h200\n```\n\n"
         f"Another size is another entry under `scales` in [the plan](../../../conf/study/{name}.yaml): "
         "lengths, blocks, tokens, model shapes, seeds. `text=[FOLDER]` takes other text, `set=['KEY=VALUE']` "
