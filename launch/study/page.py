@@ -61,7 +61,7 @@ def write_page(plan: Plan, config: StudyConfig, places: Places) -> Path:
             "## What was run",
             _run_text(plan, config, results),
             _text_text(places.out),
-            _armstable(results),
+            _arms_table(results),
         ]
     parts += [
         "## What differs from the paper",
@@ -166,7 +166,7 @@ def _text_text(out: Path) -> str:
     )
 
 
-def _armstable(results: Sequence[Json]) -> str:
+def _arms_table(results: Sequence[Json]) -> str:
     from model.shapes import num_parameters
 
     rows = []
