@@ -28,7 +28,7 @@ _PIECE = tl.constexpr(512)
 class Reach:
     """start: int32 [T], first key of the run that ends with the query itself; where that run holds all that the
     query sees, the bitwise complement (a negative number). end: int32 [NB], where the queries end that see a
-    block's keys that way. many: whether those may be a quarter of all queries or more, by the number of documents.
+    block's keys that way. many: whether those may be a third of all queries or more, by the number of documents.
     """
 
     start: Tensor
@@ -94,13 +94,14 @@ def build_reach(table: BlockTable, past: int) -> Reach:
 
 def _many(table: BlockTable, past: int) -> bool:
     num_docs = table.cu_seqlens.numel() - 1
-    return past > 0 and 4 * num_docs * (past + 1) >= table.block_start.numel()
+    return past > 0 and 3 * num_docs * (past + 1) >= table.block_start.numel()
 
 
 def seldom(table: BlockTable) -> bool:
-    """Whether so few queries choose all of their past that lists for them too are faster: under a quarter of all.
+    """Whether so few queries choose all of their past that lists for them too are faster: under a third of all.
 
-    Forward and backward at head_dim 64 with 512 x 8, ms without / with lists: half of 8K tokens 2.06 / 2.11, an
-    eighth of 32K 10.23 / 9.94 (one H200). With blocks of 128 nothing is lost at an eighth (4.52 / 4.53).
+    Forward and backward at head_dim 64 with 512 x 8, ms without / with lists: half of 8K tokens 2.07 / 2.11, a
+    quarter of 16K 4.88 / 4.69, an eighth of 32K 10.20 / 10.12 (one H200). With blocks of 128 nothing is lost at an
+    eighth (4.52 / 4.53).
     """
     return table.block_size > 128 and not _many(table, table.complete_past)

@@ -106,6 +106,7 @@ def test_gpu(case):
     ("lengths", "size", "past", "few"),
     [
         ([8192], 512, 7, False),
+        ([16384], 512, 7, True),
         ([32768], 512, 7, True),
         ([4096] * 8, 512, 7, False),
         ([32768], 128, 7, False),
