@@ -16,6 +16,7 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
     try:
         importlib.import_module("triton.experimental.gluon")  # the interpreter imports it late
+        importlib.import_module("model.moba.triton_again")
         importlib.import_module("model.moba.triton_backend")
         importlib.import_module("model.moba.triton_table")
         importlib.import_module("model.triton_decode")

@@ -42,6 +42,8 @@ HEAD_DIMS = {
     "combine": (64, 128),
     "merge": (64, 128),
 }
+# The gate gains from so many blocks on; lists of more places would not stay in registers.
+GATE_BLOCKS, GATE_PAST, GATE_HEAD_DIMS = 81, 16, (64, 128)
 _off = False
 _log = logging.getLogger(__name__)
 
@@ -80,6 +82,14 @@ def refusal(head_dim: int, block_size: int, which: str) -> str | None:
     if which in ("combine", "merge") and block_size > MAX_OWN.get(head_dim, block_size):
         return f"blocks of {block_size} are above {MAX_OWN[head_dim]} at head_dim {head_dim}"
     return _unusable()
+
+
+def gate_refusal(head_dim: int, num_blocks: int, num_past: int) -> str | None:
+    """As `refusal`, for the gate, whose time depends on the number of blocks and not on their size."""
+    if _off or head_dim not in GATE_HEAD_DIMS:
+        return "switched off" if _off else f"head_dim {head_dim}"
+    few, long = num_blocks < GATE_BLOCKS, num_past > GATE_PAST
+    return f"{num_blocks} blocks, {num_past} of them past ones" if few or long else _unusable()
 
 
 def explain(head_dim: int, block_size: int) -> str:
