@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from model.moba import triton_common as common
 from model.moba.blocks import BlockTable
-from model.moba.hopper import combine, dkv, dq_partials, merge_dq, routed
+from model.moba.passes import combine, dkv, dq_partials, merge_dq, routed
 from model.moba.triton_cuts import Cuts, segment_length
 from model.moba.triton_lists import Lists, build_lists
 from model.moba.triton_plan import Plan, default_budget, make_plan

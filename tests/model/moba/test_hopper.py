@@ -3,7 +3,7 @@
 import pytest
 
 pytest.importorskip("triton")
-from model.moba import hopper, triton_reach
+from model.moba import hopper, passes, triton_reach
 from model.moba.blocks import build_block_table
 from tests.model.moba.cases import borders
 
@@ -37,7 +37,7 @@ def test_long_runs_without_lists_at_head_dim_64_are_the_twins():
     table = build_block_table(borders([8192]), 8192, 512)
     assert triton_reach.build_reach(table, 0).many is False
     reach = triton_reach.build_reach(table, 7)
-    assert reach.many and hopper._long_runs(64, reach) and not hopper._long_runs(128, reach)
+    assert reach.many and passes._long_runs(64, reach) and not passes._long_runs(128, reach)
 
 
 @pytest.mark.parametrize("block_size", [64, 1040])
@@ -72,7 +72,7 @@ def test_what_runs_is_said_once(usable, caplog):
     hopper._say.cache_clear()
     with caplog.at_level("INFO"):
         for which in PASSES * 2:
-            hopper._specialised(128, 1152, which)
+            hopper.specialised(128, 1152, which)
     assert [r.getMessage() for r in caplog.records] == [
         "MoBA kernels, head_dim 128, blocks of 1152: warp-specialised: "
         "routed, dq, dkv, combine, merge; Triton: none"
