@@ -171,21 +171,12 @@ def _dkv_kernel(
         whole = gl.load(count_ptr + local * num_lists + block) <= segment
         slot = gl.load(slot_ptr + local * num_lists + block) + begin // segment
         place = slot.to(gl.int64) * (2 * block_size) + gl.program_id(0) % num_subs * 128
-    LAY: gl.constexpr = gl.BlockedLayout([1, 4], [128 // D, D // 4], [4, 1], [1, 0])
-    d = gl.arange(0, D, gl.SliceLayout(0, LAY))
+    LAY: gl.constexpr = rows.sums_layout(D)
     for half in gl.static_range(2):
-        n = half * 64 + gl.arange(0, 64, gl.SliceLayout(1, LAY))
-        live = (first_key + n < end)[:, None]
         dk = _pieces(q_buf, D).index(half).load(LAY)
         dv = _pieces(dout_buf, D).index(half).load(LAY)
-        if whole:
-            at = ((first_key + n).to(gl.int64) * num_kv_heads + head)[:, None] * D + d[None, :]
-            gl.store(dk_ptr + at, (dk * softmax_scale).to(dtype), mask=live)
-            gl.store(dv_ptr + at, dv.to(dtype), mask=live)
-        elif SPLIT:
-            at = (place + n)[:, None] * D + d[None, :]
-            gl.store(piece_ptr + at, dk, mask=live)
-            gl.store(piece_ptr + at + block_size.to(gl.int64) * D, dv, mask=live)
+        rows.store_sums(dk, dv, half, whole, place, dk_ptr, dv_ptr, piece_ptr, first_key, end, head, num_kv_heads,
+                        softmax_scale, block_size.to(gl.int64) * D, D, SPLIT, LAY)  # fmt: skip
 
 
 def constants(head_dim: int, group: int, split: bool, work: Work = WORK) -> dict[str, int | bool]:

@@ -43,6 +43,33 @@ def share(
 
 
 @gluon.jit
+def store_sums(
+    dk, dv, HALF: gl.constexpr, whole, place, dk_ptr, dv_ptr, piece_ptr, first_key, end, head, num_kv_heads,
+    softmax_scale, dv_piece, D: gl.constexpr, SPLIT: gl.constexpr, LAY: gl.constexpr,
+):  # fmt: skip
+    """Sums of 64 keys [64, D] in the layout LAY: to dk, dv if they are of a whole list, else to `piece` from row
+    `place` on, those of dv `dv_piece` values behind.
+    """
+    d = gl.arange(0, D, gl.SliceLayout(0, LAY))
+    n = HALF * 64 + gl.arange(0, 64, gl.SliceLayout(1, LAY))
+    live = (first_key + n < end)[:, None]
+    if whole:
+        at = ((first_key + n).to(gl.int64) * num_kv_heads + head)[:, None] * D + d[None, :]
+        gl.store(dk_ptr + at, (dk * softmax_scale).to(dk_ptr.dtype.element_ty), mask=live)
+        gl.store(dv_ptr + at, dv.to(dv_ptr.dtype.element_ty), mask=live)
+    elif SPLIT:
+        at = (place + n)[:, None] * D + d[None, :]
+        gl.store(piece_ptr + at, dk, mask=live)
+        gl.store(piece_ptr + at + dv_piece, dv, mask=live)
+
+
+@gluon.constexpr_function
+def sums_layout(dim):
+    """Layout [64, dim] in which sums leave shared memory."""
+    return gl.BlockedLayout([1, 4], [128 // dim, dim // 4], [4, 1], [1, 0])
+
+
+@gluon.jit
 def _put(
     q_ptr, dout_ptr, row, lse, delta, q_buf, dout_buf, lse_buf, delta_buf, full, empty, step, D: gl.constexpr,
     STAGES: gl.constexpr, LAY: gl.constexpr,
