@@ -3,8 +3,8 @@
 Every process has a thread that writes `logs/heartbeat/rank-00003.json`: the step and part of it its main thread is
 in, since when, and the line of code. When a rank has not moved for `launch.timeout` seconds, its thread reads the
 files of all ranks, says which rank the others wait for, and ends the process with EXIT_STALLED; torchrun ends the
-rest. A process that is stopped or frozen writes no more, and is found by that; it is killed, since torchrun would
-wait 30 seconds for it to answer a signal.
+rest. A process that is stopped or frozen writes no more, and is found by that; it is killed a moment
+later, since torchrun would wait 30 seconds for it to answer a signal.
 """
 
 from __future__ import annotations
@@ -12,11 +12,13 @@ from __future__ import annotations
 import json
 import os
 import socket
+import subprocess
 import sys
 import threading
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from subprocess import DEVNULL
 
 import psutil  # here: a thread that ends a stuck process must not wait for an import
 
@@ -117,19 +119,19 @@ class Watchdog:
             time.sleep(1.0)  # rank 0 writes to the terminal; a moment later torchrun ends this process
         said = who.text() if who else f"rank {self._rank} does not move"
         print(f"error: no progress for {self._timeout:g} s (launch.timeout): {said}", file=sys.stderr, flush=True)
-        frozen = [process for beat in beats if beat.written < alive_after for process in _sibling(beat)]
-        for process in frozen:
-            process.kill()
+        frozen = [str(beat.pid) for beat in beats if beat.written < alive_after and _is_sibling(beat)]
+        if frozen:  # a moment later, so that torchrun sees this process's exit code first
+            command = ["sh", "-c", 'sleep 1; kill -9 "$@"', "sh", *frozen]
+            subprocess.Popen(command, start_new_session=True, stdin=DEVNULL, stdout=DEVNULL, stderr=DEVNULL)
         os._exit(EXIT_STALLED)
 
 
-def _sibling(beat: Beat) -> list[psutil.Process]:
-    """The process that wrote `beat`, if it has this one's parent: a worker of the same torchrun."""
+def _is_sibling(beat: Beat) -> bool:
+    """Whether the process that wrote `beat` has this one's parent: a worker of the same torchrun."""
     try:
-        process = psutil.Process(beat.pid)
-        return [process] if beat.host == socket.gethostname() and process.ppid() == os.getppid() else []
+        return beat.host == socket.gethostname() and psutil.Process(beat.pid).ppid() == os.getppid()
     except psutil.NoSuchProcess:
-        return []
+        return False
 
 
 def _is_ours(path: Path) -> bool:

@@ -8,10 +8,14 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("triton")
+triton = pytest.importorskip("triton")
+from model.moba.hopper import MEASURED_WITH  # noqa: E402
+
+# With other versions the kernels are compiled here and run nowhere; registers are allotted otherwise.
+MEASURED = triton.__version__.startswith(f"{MEASURED_WITH}.")
 ROOT = Path(__file__).resolve().parents[3]
 # Bytes of stack that hold addresses and bounds from before the loops, for behind them.
-KNOWN_STACK = {"dkv": 48, "merge": 48, "fused": 64, "fused64": 176}
+KNOWN_STACK = {"dkv": 48, "merge": 48, "fused": 64 if MEASURED else 136, "fused64": 176}
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +64,8 @@ def test_no_spills(kernels):
         assert stack.pop(name) <= known, kernels
     assert set(stack.values()) == {0}, stack
     loops = {k["kernel"]: k["loop_spills"] for k in kernels}
-    assert loops.pop("dkv") <= 8 and loops.pop("fused") <= 4 and loops.pop("fused64") <= 54, loops
+    assert loops.pop("dkv") <= 8 and loops.pop("fused64") <= 54, loops
+    assert loops.pop("fused") <= (4 if MEASURED else 13), loops
     assert set(loops.values()) == {0}, loops
 
 
