@@ -110,9 +110,14 @@ def get_full(engine: DeepSpeedEngine, param: nn.Parameter, key: str) -> Tensor:
     return full.reshape(full_shape(param))
 
 
+def _mapping(param: nn.Parameter) -> Any:
+    """Where DeepSpeed's stages 1 and 2 keep the fp32 values of `param`; None: not on this rank."""
+    return getattr(param, "_hp_mapping", None)
+
+
 def lies_whole(engine: DeepSpeedEngine, param: nn.Parameter) -> bool:
     """Whether this rank's partition has all of `param` and no other rank's any, as ZeRO 1 and 2 cut. Local."""
-    mapping = getattr(param, "_hp_mapping", None)
+    mapping = _mapping(param)
     return (
         engine.zero_optimization_stage() in (1, 2)
         and mapping is not None
@@ -122,8 +127,7 @@ def lies_whole(engine: DeepSpeedEngine, param: nn.Parameter) -> bool:
 
 def get_own(engine: DeepSpeedEngine, param: nn.Parameter, key: str) -> Tensor:
     """As `get_full`, where `lies_whole`: the optimizer's own tensor, which the next step changes. Local."""
-    mapping: Any = param._hp_mapping  # type: ignore[attr-defined]
-    fragment: Tensor = mapping.get_hp_fragment(key or None)
+    fragment: Tensor = _mapping(param).get_hp_fragment(key or None)
     return fragment.detach().reshape(param.shape)
 
 

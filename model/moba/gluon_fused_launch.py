@@ -5,7 +5,6 @@ Shape legend: triton_common.py.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from model.moba import gluon_common as common
@@ -14,11 +13,9 @@ from model.moba.gluon_common import Work
 from model.moba.gluon_fused import WORK, _fused_kernel, constants, rows_per_step
 from model.moba.triton_common import LOG2E
 from model.moba.triton_lists import Lists
-from model.moba.triton_pieces import sum_pieces
+from model.moba.triton_pieces import SUM_KEYS, Pieces, sum_pieces
 from model.moba.triton_reach import Reach
 from model.moba.triton_sums import RowSums
-
-_SUM_KEYS = 32  # keys per program that adds up the pieces of a long list
 
 
 def dkv(
@@ -45,11 +42,8 @@ def dkv(
     blocks = table.block_start.numel()
     spare = sums.lse_TH  # stands in for arguments that this variant never touches
     cut = lists.segments()
-    max_extra = 0 if cut is None else cut.max_extra
-    piece = spare
-    if cut is not None:
-        piece = torch.empty((cut.max_slots, 2, table.block_size, D), dtype=torch.float32, device=q_THD.device)
-    _fused_kernel[(blocks * len(heads) + max_extra,)](
+    pieces = Pieces.of(cut, table.block_size, D, spare)
+    _fused_kernel[(blocks * len(heads) + pieces.max_extra,)](
         q_THD,
         dout_THD,
         common.token_rows(k_THD, rows),
@@ -62,14 +56,14 @@ def dkv(
         lists.pair,
         lists.offset,
         lists.count,
-        spare if cut is None else cut.extra,
-        spare if cut is None else cut.num_extra,
-        spare if cut is None else cut.slot,
+        pieces.extra,
+        pieces.num_extra,
+        pieces.slot,
         table.block_start,
         table.block_len,
         reach.end,
         part,
-        piece,
+        pieces.piece,
         dk_THD,
         dv_THD,
         softmax_scale * LOG2E,
@@ -80,11 +74,11 @@ def dkv(
         len(heads),
         blocks + 1,
         lists.pairs_per_head,
-        max_extra,
-        0 if cut is None else cut.length,
+        pieces.max_extra,
+        pieces.length,
         **constants(D, H // Hkv, cut is not None, work),
         num_warps=4,
         maxnreg=work.max_registers,
     )
     if cut is not None:
-        sum_pieces(piece, cut, lists, table, dk_THD, dv_THD, softmax_scale, _SUM_KEYS)
+        sum_pieces(pieces.piece, cut, lists, table, dk_THD, dv_THD, softmax_scale, SUM_KEYS)

@@ -13,7 +13,6 @@ Shape legend: triton_common.py.
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -23,7 +22,7 @@ from model.moba import triton_steps as steps
 from model.moba.blocks import BlockTable
 from model.moba.triton_common import Tile
 from model.moba.triton_lists import Lists
-from model.moba.triton_pieces import sum_pieces
+from model.moba.triton_pieces import SUM_KEYS, Pieces, sum_pieces
 from model.moba.triton_reach import Reach
 from model.moba.triton_sums import RowSums
 
@@ -185,11 +184,8 @@ def dkv(
     num_subs = common.ceil_div(table.block_size, tile.keys)
     spare = sums.lse_TH  # stands in for arguments that this variant never touches
     cut = None if lists is None else lists.segments()
-    max_extra = 0 if cut is None else cut.max_extra
-    piece = spare
-    if cut is not None:
-        piece = torch.empty((cut.max_slots, 2, table.block_size, D), dtype=torch.float32, device=q_THD.device)
-    _dkv_kernel[((table.block_start.numel() * len(heads) + max_extra) * num_subs,)](
+    pieces = Pieces.of(cut, table.block_size, D, spare)
+    _dkv_kernel[((table.block_start.numel() * len(heads) + pieces.max_extra) * num_subs,)](
         q_THD,
         dout_THD,
         common.token_rows(q_THD, tile.rows),
@@ -206,14 +202,14 @@ def dkv(
         spare if lists is None else lists.pair,
         spare if lists is None else lists.offset,
         spare if lists is None else lists.count,
-        spare if cut is None else cut.extra,
-        spare if cut is None else cut.num_extra,
-        spare if cut is None else cut.slot,
+        pieces.extra,
+        pieces.num_extra,
+        pieces.slot,
         table.block_start,
         table.block_len,
         reach.end,
         spare if part is None else part,
-        piece,
+        pieces.piece,
         dk_THD,
         dv_THD,
         softmax_scale * common.LOG2E,
@@ -227,8 +223,8 @@ def dkv(
         0 if lists is None else lists.pairs_per_head,
         num_subs,
         table.block_size,
-        max_extra,
-        0 if cut is None else cut.length,
+        pieces.max_extra,
+        pieces.length,
         G=H // Hkv,
         ROWS=tile.rows,
         KEYS=tile.keys,
@@ -242,4 +238,4 @@ def dkv(
         **tile.options,
     )
     if lists is not None and cut is not None:
-        sum_pieces(piece, cut, lists, table, dk_THD, dv_THD, softmax_scale, min(32, tile.keys))
+        sum_pieces(pieces.piece, cut, lists, table, dk_THD, dv_THD, softmax_scale, min(SUM_KEYS, tile.keys))

@@ -6,6 +6,9 @@ Shape legend: triton_common.py; segments: triton_cuts.py.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -14,6 +17,29 @@ from model.moba import triton_common as common
 from model.moba.blocks import BlockTable
 from model.moba.triton_cuts import Segments
 from model.moba.triton_lists import Lists
+
+SUM_KEYS = 32  # keys per program that adds up the pieces of a long list
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """What a dk, dv kernel is told of segments; where no list is cut, tensors that it never touches."""
+
+    extra: Tensor
+    num_extra: Tensor
+    slot: Tensor
+    piece: Tensor  # fp32 [slots, 2, B, D]: dk, dv of each segment
+    max_extra: int
+    length: int
+
+    @staticmethod
+    def of(cut: Segments | None, block_size: int, head_dim: int, spare: Tensor) -> Pieces:
+        """`spare` stands in for tensors."""
+        if cut is None:
+            return Pieces(spare, spare, spare, spare, 0, 0)
+        shape = (cut.max_slots, 2, block_size, head_dim)
+        piece = torch.empty(shape, dtype=torch.float32, device=spare.device)
+        return Pieces(cut.extra, cut.num_extra, cut.slot, piece, cut.max_extra, cut.length)
 
 
 @triton.jit(do_not_specialize=["num_lists", "first_head", "num_kv_heads", "segment", "num_subs"])
